@@ -154,9 +154,7 @@ fn parse_hf(rest: &str) -> Parsed {
             ));
         }
     }
-    let revision = revision
-        .map(|revision| check_git_ref(revision))
-        .transpose()?;
+    let revision = revision.map(check_git_ref).transpose()?;
     Ok((Scheme::Hf, name.to_owned(), revision))
 }
 

@@ -188,6 +188,10 @@ impl SourceError {
 ///
 /// [`SourceError::Invalid`] if a path that is not excluded could leave the snapshot, if two paths
 /// cannot stand in one tree, or if nothing is chosen.
+#[allow(
+    clippy::type_complexity,
+    reason = "a pair of plain lists reads better than a type for it"
+)]
 pub fn select<T>(
     model: &ModelRef,
     files: Vec<(String, u64, T)>,

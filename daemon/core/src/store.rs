@@ -1,0 +1,451 @@
+//! One tier on disk. The directory tree is the index: there is no database.
+//!
+//! ```text
+//! <root>/
+//!   FORMAT                            "weightd store 1"
+//!   lock                              shared by who links and pins, alone by who removes
+//!   blobs/sha256/<aa>/<64 hex>        immutable, 0444
+//!   staging/<64 hex>.part, .journal   bytes in flight, and which of them are on disk
+//!   staging/<uuid>.tree/              a snapshot in the making, locked by its maker
+//!   staging/<uuid>.room               space set aside for files that are not staged yet
+//!   snapshots/<snapshot id>/manifest.json, tree/…
+//!   refs/<scheme>/<name>/<revision asked>
+//!   pins/<kind>/<holder>/<snapshot id>
+//!   known/<aa>/<64 hex>               an origin's name for some bytes → their digest
+//!   fetches/<64 hex>.json             fetches under way, to be resumed
+//!   damaged/…                         blobs whose bytes went bad, set aside
+//! ```
+//!
+//! Rules:
+//!
+//! 1. A blob or snapshot appears by one `rename`, after its bytes were synced; the directory is synced
+//!    after. Nothing under `blobs/` was ever seen with other bytes than its name says.
+//! 2. Lease first, look second. A lease is a snapshot in the making: a directory of hard links,
+//!    locked by its maker. A blob is linked there *before* it gets its name, so at no moment does it
+//!    look unused; who removes holds `lock` alone, who links holds it shared.
+//! 3. A blob with link count 1 is garbage: no snapshot and no lease needs it. A snapshot that is
+//!    pinned or leased is never evicted.
+//! 4. Several processes may use one store. Work on a blob is claimed by locking its `.part`; the lock
+//!    dies with its process, and the next one goes on from the journal.
+//! 5. Volumes mount from the local tier only.
+//! 6. A damaged blob is set aside, and the snapshots that hold it are withdrawn until it is fetched
+//!    again: their directories stay where they are, for they may be mounted.
+
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, Write};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::fcntl::FlockArg;
+
+use crate::digest::Digest;
+use crate::fault;
+
+mod blob;
+mod claim;
+mod evict;
+mod pin;
+mod record;
+mod snapshot;
+mod verify;
+
+pub use blob::{Claim, Claimed, HashError, Part, StageKey, Watch};
+pub use evict::{Collected, Partial, Room, RoomPlan, Usage};
+pub use pin::{Holder, HolderError};
+pub use record::FetchRecord;
+pub use snapshot::{Lease, Snapshot, SnapshotLease};
+pub use verify::{Damaged, Verified};
+
+/// Which tier a store is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tier {
+    /// The node's own disk. Volumes are mounted from here.
+    Local,
+    /// A file system that all nodes share.
+    Shared,
+}
+
+/// How much of its file system a store may use, and for how long it keeps what may be resumed.
+#[derive(Debug, Clone, Copy)]
+pub struct StoreLimits {
+    /// Eviction starts when the file system would be fuller than this, in percent.
+    pub high_percent: u8,
+    /// Eviction goes on until the file system is no fuller than this, in percent.
+    pub low_percent: u8,
+    /// The most bytes that the store itself may hold.
+    pub max_bytes: Option<u64>,
+    /// A partial download that nobody works on is garbage after this time.
+    pub keep_partial: Duration,
+}
+
+impl Default for StoreLimits {
+    /// What suits a developer's machine. A node's daemon leaves room for kubelet.
+    fn default() -> Self {
+        Self {
+            high_percent: 97,
+            low_percent: 95,
+            max_bytes: None,
+            keep_partial: Duration::from_secs(7 * 24 * 3600),
+        }
+    }
+}
+
+/// One tier: the blobs and snapshots below one directory. All its calls block.
+#[derive(Debug)]
+pub struct Store {
+    root: PathBuf,
+    limits: StoreLimits,
+}
+
+/// The version of the layout that this code reads and writes.
+const FORMAT: u32 = 1;
+
+impl Store {
+    /// Opens the store at `root`, and makes one if there is none.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::NotAStore`], [`StoreError::NewerFormat`], [`StoreError::ReadOnly`],
+    /// [`StoreError::NoHardLinks`] or [`StoreError::Io`].
+    pub fn open(root: &Path, limits: StoreLimits) -> Result<Arc<Self>, StoreError> {
+        let root = std::path::absolute(root).at("resolve", root)?;
+        make_dirs(&root).map_err(|error| read_only("create", &root, error))?;
+        let store = Self { root, limits };
+        store.check_format()?;
+        let folders = [
+            "blobs/sha256",
+            "staging",
+            "snapshots",
+            "refs",
+            "pins",
+            "known",
+            "fetches",
+            "damaged",
+        ];
+        for folder in folders {
+            let path = store.root.join(folder);
+            make_dirs(&path).map_err(|error| read_only("create", &path, error))?;
+        }
+        let lock = store.root.join("lock");
+        open_lock(&lock).map_err(|error| read_only("open", &lock, error))?;
+        store.check_hard_links()?;
+        Ok(Arc::new(store))
+    }
+
+    /// The directory that holds everything.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The limits that it was opened with.
+    #[must_use]
+    pub fn limits(&self) -> &StoreLimits {
+        &self.limits
+    }
+
+    /// Whether a blob is here.
+    #[must_use]
+    pub fn has(&self, digest: Digest) -> bool {
+        self.blob_path(digest).exists()
+    }
+
+    fn check_format(&self) -> Result<(), StoreError> {
+        let path = self.root.join("FORMAT");
+        let text = match fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return self.write_format(&path);
+            }
+            Err(error) => return Err(error).at("read", &path),
+        };
+        let version = text
+            .trim()
+            .strip_prefix("weightd store ")
+            .and_then(|v| v.parse::<u32>().ok());
+        match version {
+            Some(FORMAT) => Ok(()),
+            Some(found) if found > FORMAT => Err(StoreError::NewerFormat {
+                path: self.root.clone(),
+                found,
+            }),
+            _ => Err(StoreError::NotAStore {
+                path: self.root.clone(),
+            }),
+        }
+    }
+
+    fn write_format(&self, path: &Path) -> Result<(), StoreError> {
+        for entry in fs::read_dir(&self.root).at("list", &self.root)? {
+            let name = entry.at("list", &self.root)?.file_name();
+            // What a fresh file system holds, or an earlier start that was killed right here.
+            let ours = name.to_string_lossy().starts_with("FORMAT.");
+            if name != "lost+found" && !ours {
+                // Somebody else may have made the store just now.
+                let made = path.exists();
+                return if made {
+                    Ok(())
+                } else {
+                    Err(StoreError::NotAStore {
+                        path: self.root.clone(),
+                    })
+                };
+            }
+        }
+        let write = || write_atomically(path, format!("weightd store {FORMAT}\n").as_bytes());
+        write().map_err(|error| read_only("write", path, error))?;
+        fault::point("store.open.format");
+        Ok(())
+    }
+
+    fn check_hard_links(&self) -> Result<(), StoreError> {
+        let probe = self
+            .root
+            .join(format!("staging/{}.probe", uuid::Uuid::new_v4()));
+        let link = self
+            .root
+            .join(format!("blobs/{}.probe", uuid::Uuid::new_v4()));
+        File::create(&probe).map_err(|error| read_only("write to", &self.root, error))?;
+        let linked = fs::hard_link(&probe, &link);
+        let _ = fs::remove_file(&link);
+        fs::remove_file(&probe).at("remove", &probe)?;
+        linked.map_err(|source| StoreError::NoHardLinks {
+            path: self.root.clone(),
+            source,
+        })
+    }
+
+    /// Shares the store's lock: nothing is removed while it is held.
+    fn lock_shared(&self) -> Result<claim::Held, StoreError> {
+        self.lock(FlockArg::LockShared)
+    }
+
+    /// Holds the store's lock alone: nobody links or pins while it is held.
+    fn lock_alone(&self) -> Result<claim::Held, StoreError> {
+        self.lock(FlockArg::LockExclusive)
+    }
+
+    fn lock(&self, how: FlockArg) -> Result<claim::Held, StoreError> {
+        let path = self.root.join("lock");
+        open_lock(&path)
+            .and_then(|file| claim::wait(file, how))
+            .at("lock", &path)
+    }
+
+    fn blob_path(&self, digest: Digest) -> PathBuf {
+        let name = digest.to_string();
+        self.root.join("blobs/sha256").join(&name[..2]).join(&name)
+    }
+
+    fn staging(&self) -> PathBuf {
+        self.root.join("staging")
+    }
+
+    /// A new name in `staging/` that nobody else has.
+    fn staging_name(&self, ending: &str) -> PathBuf {
+        self.root
+            .join(format!("staging/{}.{ending}", uuid::Uuid::new_v4()))
+    }
+}
+
+fn open_lock(path: &Path) -> io::Result<File> {
+    File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)
+}
+
+fn make_dirs(path: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o755).create(path)
+}
+
+/// Writes a small file so that it is there whole, or not at all.
+fn write_atomically(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".{}", uuid::Uuid::new_v4()));
+    let temporary = path.with_file_name(name);
+    let mut file = File::create(&temporary)?;
+    file.write_all(bytes)?;
+    file.sync_data()?;
+    let renamed = fs::rename(&temporary, path);
+    if renamed.is_err() {
+        let _ = fs::remove_file(&temporary);
+    }
+    renamed?;
+    sync_parent(path)
+}
+
+/// Makes the names in the directory of `path` survive a power loss.
+fn sync_parent(path: &Path) -> io::Result<()> {
+    match path.parent() {
+        Some(parent) => File::open(parent)?.sync_all(),
+        None => Ok(()),
+    }
+}
+
+/// The entries of a directory; none if it is not there.
+fn entries(path: &Path) -> Result<Vec<fs::DirEntry>, StoreError> {
+    match fs::read_dir(path) {
+        Ok(entries) => entries.collect::<Result<_, _>>().at("list", path),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(error).at("list", path),
+    }
+}
+
+/// Why the store cannot do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The disk is too full, and not enough can be evicted.
+    #[error("no room in {} for {needed} bytes: {available} bytes are free or can be freed", root.display())]
+    NoSpace {
+        /// The store's directory.
+        root: PathBuf,
+        /// Bytes asked for.
+        needed: u64,
+        /// Bytes that could be had.
+        available: u64,
+    },
+    /// Somebody holds it.
+    #[error("{snapshot} is held by {}", if holders.is_empty() { "work under way".to_owned() } else { holders.join(", ") })]
+    Held {
+        /// What is held.
+        snapshot: String,
+        /// Who holds it; empty for work under way.
+        holders: Vec<String>,
+    },
+    /// There is no such snapshot.
+    #[error("{0} is not in the store")]
+    Missing(String),
+    /// The directory holds something else.
+    #[error("{} is not a weightd store, and not empty", path.display())]
+    NotAStore {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// A newer version wrote it.
+    #[error("the store at {} has format {found}, this version reads format {FORMAT}", path.display())]
+    NewerFormat {
+        /// The directory.
+        path: PathBuf,
+        /// Its format.
+        found: u32,
+    },
+    /// It cannot be written to.
+    #[error("cannot {op} {}", path.display())]
+    ReadOnly {
+        /// What was tried.
+        op: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// The file system has no hard links.
+    #[error("the file system of {} makes no hard links", path.display())]
+    NoHardLinks {
+        /// The store's directory.
+        path: PathBuf,
+        /// What the file system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The operating system said no.
+    #[error("cannot {op} `{}`", path.display())]
+    Io {
+        /// What was tried.
+        op: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl StoreError {
+    /// What the user can do about it, if there is something.
+    #[must_use]
+    pub fn hint(&self) -> Option<String> {
+        Some(match self {
+            Self::NoSpace { .. } => {
+                "free space on that disk, raise the watermarks, or remove models with \
+                                     `weightctl rm` and `weightctl unpin`"
+                    .to_owned()
+            }
+            Self::Held { holders, .. } if holders.is_empty() => {
+                "try again when it is done".to_owned()
+            }
+            Self::Held { .. } => {
+                "release it first, for example with `weightctl unpin MODEL --as NAME`".to_owned()
+            }
+            Self::Missing(_) => {
+                "`weightctl ls` lists what is here, `weightctl prefetch MODEL` fetches".to_owned()
+            }
+            Self::NotAStore { .. } => "choose an empty or a new directory with --root".to_owned(),
+            Self::NewerFormat { .. } => {
+                "use the version of weightd that wrote it, or another --root".to_owned()
+            }
+            Self::ReadOnly { .. } => {
+                "choose a directory that this user may write with --root, or mount it \
+                                      read-write"
+                    .to_owned()
+            }
+            Self::NoHardLinks { .. } => {
+                "choose a directory on ext4, XFS or another file system with hard links".to_owned()
+            }
+            Self::Io { source, .. } if is_full(source) => {
+                "free space on that disk, then run it again: it goes on \
+                                                           where it stopped"
+                    .to_owned()
+            }
+            Self::Io { .. } => return None,
+        })
+    }
+
+    /// Whether the disk is too full for it.
+    #[must_use]
+    pub fn is_no_space(&self) -> bool {
+        match self {
+            Self::NoSpace { .. } => true,
+            Self::Io { source, .. } | Self::ReadOnly { source, .. } => is_full(source),
+            _ => false,
+        }
+    }
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+    )
+}
+
+/// Adds what was tried, on what, to an error of the operating system.
+trait At<T> {
+    fn at(self, op: &'static str, path: &Path) -> Result<T, StoreError>;
+}
+
+impl<T, E: Into<io::Error>> At<T> for Result<T, E> {
+    fn at(self, op: &'static str, path: &Path) -> Result<T, StoreError> {
+        self.map_err(|error| StoreError::Io {
+            op,
+            path: path.to_owned(),
+            source: error.into(),
+        })
+    }
+}
+
+fn read_only(op: &'static str, path: &Path, source: io::Error) -> StoreError {
+    let path = path.to_owned();
+    match source.kind() {
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+            StoreError::ReadOnly { op, path, source }
+        }
+        _ => StoreError::Io { op, path, source },
+    }
+}

@@ -1,0 +1,164 @@
+//! Which bytes of a `.part` are on disk: fixed-size records, appended as blocks are written.
+//!
+//! A record carries the checksum of its bytes, so that after a power loss, when the journal may be
+//! ahead of the bytes, a block that never reached the disk is found out and fetched again.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+
+/// Bytes of one record: offset, length, checksum of the bytes, checksum of the record; little endian.
+const RECORD: usize = 32;
+
+/// One block that is on disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Record {
+    pub(super) range: Range<u64>,
+    /// CRC-64/NVME of the bytes.
+    pub(super) crc: u64,
+}
+
+impl Record {
+    fn encode(&self) -> [u8; RECORD] {
+        let mut bytes = [0; RECORD];
+        bytes[..8].copy_from_slice(&self.range.start.to_le_bytes());
+        bytes[8..16].copy_from_slice(&(self.range.end - self.range.start).to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.crc.to_le_bytes());
+        let check = checksum([&bytes[..24]]);
+        bytes[24..].copy_from_slice(&check.to_le_bytes());
+        bytes
+    }
+
+    fn decode(bytes: &[u8]) -> Option<Self> {
+        let number = |at: usize| {
+            bytes
+                .get(at..at + 8)
+                .map(|b| u64::from_le_bytes(b.try_into().expect("8 bytes")))
+        };
+        let (start, length, crc, check) = (number(0)?, number(8)?, number(16)?, number(24)?);
+        let end = start.checked_add(length)?;
+        (check == checksum([&bytes[..24]])).then_some(Self {
+            range: start..end,
+            crc,
+        })
+    }
+}
+
+/// CRC-64/NVME of the pieces, one after the other.
+pub(super) fn checksum<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> u64 {
+    let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc64Nvme);
+    pieces.into_iter().for_each(|piece| digest.update(piece));
+    digest.finalize()
+}
+
+pub(super) fn checksum_of(pieces: &[Bytes]) -> u64 {
+    checksum(pieces.iter().map(|piece| &piece[..]))
+}
+
+/// The journal beside a `.part`.
+#[derive(Debug)]
+pub(super) struct Journal {
+    path: PathBuf,
+    file: File,
+}
+
+impl Journal {
+    pub(super) fn path_of(part: &Path) -> PathBuf {
+        part.with_extension("journal")
+    }
+
+    /// Opens the journal and reads the records of a file of `size` bytes. Torn and overlapping records
+    /// are left out.
+    pub(super) fn open(path: PathBuf, size: u64) -> io::Result<(Self, Vec<Record>)> {
+        let mut file = File::options()
+            .read(true)
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .open(&path)?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes)?;
+        let mut records: Vec<Record> = bytes.chunks(RECORD).filter_map(Record::decode).collect();
+        records.retain(|record| !record.range.is_empty() && record.range.end <= size);
+        records.sort_by_key(|record| record.range.start);
+        records.dedup_by(|next, kept| next.range.start < kept.range.end);
+        // A torn record at the end would shift all that follow it.
+        if bytes.len() % RECORD != 0 {
+            file.set_len((bytes.len() - bytes.len() % RECORD) as u64)?;
+        }
+        Ok((Self { path, file }, records))
+    }
+
+    pub(super) fn append(&mut self, record: &Record) -> io::Result<()> {
+        self.file.write_all(&record.encode())
+    }
+
+    /// Starts over with just these records.
+    pub(super) fn rewrite(&mut self, records: &[Record]) -> io::Result<()> {
+        let bytes: Vec<u8> = records.iter().flat_map(Record::encode).collect();
+        self.file.set_len(0)?;
+        self.file.write_all(&bytes)
+    }
+
+    pub(super) fn remove(&self) -> io::Result<()> {
+        match fs::remove_file(&self.path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// How many bytes the journal at `path` says are on disk. Another process may be writing it.
+    pub(super) fn bytes_at(path: &Path) -> u64 {
+        let Ok(bytes) = fs::read(path) else { return 0 };
+        let records = bytes.chunks(RECORD).filter_map(Record::decode);
+        records
+            .map(|record| record.range.end - record.range.start)
+            .sum()
+    }
+}
+
+use std::os::unix::fs::OpenOptionsExt;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn torn_and_impossible_records_are_left_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.journal");
+        let record = |range: Range<u64>| Record { range, crc: 7 };
+        let (mut journal, records) = Journal::open(path.clone(), 100).unwrap();
+        assert_eq!(records, []);
+        for range in [50..60, 0..10, 5..15, 90..110] {
+            journal.append(&record(range)).unwrap();
+        }
+        fs::OpenOptions::new()
+            .append(true)
+            .open(&path)
+            .unwrap()
+            .write_all(&[1; 20])
+            .unwrap();
+
+        let (mut journal, records) = Journal::open(path.clone(), 100).unwrap();
+        assert_eq!(records, [record(0..10), record(50..60)]);
+        journal.append(&record(20..30)).unwrap();
+        let (_, records) = Journal::open(path, 100).unwrap();
+        assert_eq!(records, [record(0..10), record(20..30), record(50..60)]);
+    }
+
+    #[test]
+    fn a_flipped_bit_voids_a_record() {
+        let mut bytes = Record {
+            range: 1..9,
+            crc: 3,
+        }
+        .encode();
+        assert!(Record::decode(&bytes).is_some());
+        bytes[3] ^= 1;
+        assert_eq!(Record::decode(&bytes), None);
+    }
+}

@@ -1,0 +1,520 @@
+//! Space: what is used, what can be freed, and freeing it.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::time::SystemTime;
+
+use super::snapshot::Snapshot;
+use super::{At, Store, StoreError, blob, claim, entries, sync_parent};
+use crate::fault;
+use crate::model::SnapshotId;
+
+/// What a store and its file system hold, in bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Usage {
+    /// Bytes that this user may have on the file system.
+    pub capacity: u64,
+    /// Bytes that are free for this user.
+    pub free: u64,
+    /// Bytes of all blobs.
+    pub store: u64,
+    /// Bytes of blobs that a pinned snapshot needs.
+    pub pinned: u64,
+    /// Bytes of partial downloads.
+    pub partial: u64,
+    /// Eviction starts when more than this is used of the file system.
+    pub high: u64,
+    /// Eviction stops when no more than this is used of the file system.
+    pub low: u64,
+    /// How many snapshots are published.
+    pub snapshots: u64,
+    /// The most bytes that the store may hold.
+    pub max: Option<u64>,
+}
+
+/// What has to go so that some bytes fit.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RoomPlan {
+    /// Snapshots to evict, least recently used first.
+    pub evict: Vec<SnapshotId>,
+    /// Bytes that frees, and the removal of garbage.
+    pub freed: u64,
+    /// Bytes that are missing even then; 0 if they fit.
+    pub short: u64,
+}
+
+/// Disk space that is set aside for files that are not staged yet. Dropping it gives the rest back.
+#[derive(Debug)]
+pub struct Room {
+    path: PathBuf,
+    file: Option<claim::Held>,
+    left: Mutex<u64>,
+    /// What was evicted for it.
+    pub evicted: Vec<SnapshotId>,
+    /// Bytes that were freed for it.
+    pub freed: u64,
+}
+
+/// Which partial downloads to remove.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Partial {
+    /// Those that nobody went on with for a long time.
+    Stale,
+    /// All that nobody works on now.
+    All,
+}
+
+/// What a collection removed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Collected {
+    /// Blobs that nothing needed.
+    pub blobs: u64,
+    /// Bytes freed in all.
+    pub bytes: u64,
+    /// Partial downloads.
+    pub partial: u64,
+    /// Snapshots that were never finished, or withdrawn and not fetched again.
+    pub trees: u64,
+}
+
+pub(super) struct Space {
+    pub(super) capacity: u64,
+    pub(super) free: u64,
+}
+
+/// A blob on disk.
+struct Stored {
+    path: PathBuf,
+    bytes: u64,
+    links: u64,
+}
+
+impl Store {
+    pub(super) fn file_system(&self) -> Result<Space, StoreError> {
+        let stat =
+            nix::sys::statvfs::statvfs(&self.root).at("look at the file system of", &self.root)?;
+        let unit = stat.fragment_size();
+        let used = (stat.blocks() - stat.blocks_free()) * unit;
+        let free = stat.blocks_available() * unit;
+        Ok(Space {
+            capacity: used + free,
+            free,
+        })
+    }
+
+    /// What the store holds.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Io`].
+    pub fn usage(&self) -> Result<Usage, StoreError> {
+        let space = self.file_system()?;
+        let snapshots = self.snapshots()?;
+        let mut blobs = self.blobs()?;
+        let store = blobs.values().map(|blob| blob.bytes).sum();
+        let mut pinned = 0;
+        for snapshot in snapshots
+            .iter()
+            .filter(|snapshot| !snapshot.pinned_by.is_empty())
+        {
+            for inode in inodes(snapshot) {
+                // Taken out, so that a blob of two pinned snapshots counts once.
+                pinned += blobs.remove(&inode).map_or(0, |blob| blob.bytes);
+            }
+        }
+        Ok(Usage {
+            high: percent(space.capacity, self.limits.high_percent),
+            low: percent(space.capacity, self.limits.low_percent),
+            capacity: space.capacity,
+            free: space.free,
+            store,
+            pinned,
+            partial: self.partial_bytes()?,
+            snapshots: snapshots.len() as u64,
+            max: self.limits.max_bytes,
+        })
+    }
+
+    fn blobs(&self) -> Result<HashMap<u64, Stored>, StoreError> {
+        let mut blobs = HashMap::new();
+        for folder in entries(&self.root.join("blobs/sha256"))? {
+            for entry in entries(&folder.path())? {
+                let path = entry.path();
+                if let Some(metadata) = look(&path)? {
+                    let stored = Stored {
+                        path,
+                        bytes: metadata.len(),
+                        links: metadata.nlink(),
+                    };
+                    blobs.insert(metadata.ino(), stored);
+                }
+            }
+        }
+        Ok(blobs)
+    }
+
+    fn partial_bytes(&self) -> Result<u64, StoreError> {
+        let mut bytes = 0;
+        for entry in entries(&self.staging())? {
+            let path = entry.path();
+            if path
+                .extension()
+                .is_some_and(|ending| ending == "part" || ending == "room")
+            {
+                bytes += look(&path)?.map_or(0, |metadata| metadata.blocks() * 512);
+            }
+        }
+        Ok(bytes)
+    }
+
+    /// What would have to go so that `needed` more bytes fit below the watermarks.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Io`].
+    pub fn plan_room(&self, needed: u64) -> Result<RoomPlan, StoreError> {
+        let space = self.file_system()?;
+        let used = space.capacity - space.free;
+        let mut blobs = self.blobs()?;
+        let held: u64 =
+            blobs.values().map(|blob| blob.bytes).sum::<u64>() + self.partial_bytes()?;
+        let room_below = |percent_of_capacity: u8| {
+            let below_mark = percent(space.capacity, percent_of_capacity).saturating_sub(used);
+            let below_cap = self
+                .limits
+                .max_bytes
+                .map_or(u64::MAX, |max| max.saturating_sub(held));
+            below_mark.min(below_cap).min(space.free)
+        };
+        let must_free = needed.saturating_sub(room_below(self.limits.high_percent));
+        if must_free == 0 {
+            return Ok(RoomPlan::default());
+        }
+        let want_free = needed.saturating_sub(room_below(self.limits.low_percent));
+        let garbage = blobs.values().filter(|blob| blob.links == 1);
+        let mut plan = RoomPlan {
+            freed: garbage.map(|blob| blob.bytes).sum(),
+            ..RoomPlan::default()
+        };
+        for snapshot in self.evictable()? {
+            if plan.freed >= want_free {
+                break;
+            }
+            for inode in inodes(&snapshot) {
+                let Some(blob) = blobs.get_mut(&inode) else {
+                    continue;
+                };
+                blob.links -= 1;
+                if blob.links == 1 {
+                    plan.freed += blob.bytes;
+                }
+            }
+            plan.evict.push(snapshot.manifest.snapshot);
+        }
+        plan.short = must_free.saturating_sub(plan.freed);
+        Ok(plan)
+    }
+
+    /// The snapshots that nothing holds, least recently used first.
+    fn evictable(&self) -> Result<Vec<Snapshot>, StoreError> {
+        let mut snapshots = self.snapshots()?;
+        snapshots.retain(|snapshot| snapshot.pinned_by.is_empty());
+        let mut free = Vec::new();
+        for snapshot in snapshots {
+            if lock_dir(&self.snapshot_dir(&snapshot.manifest.snapshot))?.is_some() {
+                free.push(snapshot);
+            }
+        }
+        free.sort_by_key(|snapshot| snapshot.last_used);
+        Ok(free)
+    }
+
+    /// Sets `needed` bytes of disk space aside, and evicts what has to go for that. If they cannot be
+    /// had, nothing is evicted.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::NoSpace`], else [`StoreError::Io`].
+    pub fn reserve(&self, needed: u64) -> Result<Room, StoreError> {
+        let alone = self.lock_alone()?;
+        self.sweep_staging(Partial::Stale)?;
+        let plan = self.plan_room(needed)?;
+        if plan.short > 0 {
+            let available = needed - plan.short;
+            return Err(StoreError::NoSpace {
+                root: self.root.clone(),
+                needed,
+                available,
+            });
+        }
+        for id in &plan.evict {
+            self.evict(id)?;
+        }
+        let garbage = if plan.freed > 0 {
+            self.move_garbage()?.0
+        } else {
+            Vec::new()
+        };
+        drop(alone);
+        delete_all(&garbage)?;
+        let mut room = self.room(needed)?;
+        room.evicted = plan.evict;
+        room.freed = plan.freed;
+        Ok(room)
+    }
+
+    fn room(&self, needed: u64) -> Result<Room, StoreError> {
+        let path = self.staging_name("room");
+        // Shared, so that the collector does not take the file between its making and its lock.
+        let shared = self.lock_shared()?;
+        let file = File::create_new(&path).at("create", &path)?;
+        let lock = claim::try_exclusive(file).at("lock", &path)?;
+        drop(shared);
+        let room = Room {
+            path,
+            file: lock,
+            left: Mutex::new(needed),
+            evicted: Vec::new(),
+            freed: 0,
+        };
+        if let Some(file) = &room.file {
+            blob::preallocate(file, needed).map_err(|error| {
+                if super::is_full(&error) {
+                    let available = self.file_system().map_or(0, |space| space.free);
+                    return StoreError::NoSpace {
+                        root: self.root.clone(),
+                        needed,
+                        available,
+                    };
+                }
+                StoreError::Io {
+                    op: "allocate",
+                    path: room.path.clone(),
+                    source: error,
+                }
+            })?;
+        }
+        fault::point("room.reserved");
+        Ok(room)
+    }
+
+    /// Deletes a snapshot's tree. The caller holds the store's lock alone.
+    fn evict(&self, id: &SnapshotId) -> Result<(), StoreError> {
+        let gone = self.move_away(&self.snapshot_dir(id))?;
+        fault::point("evict.renamed");
+        fs::remove_dir_all(&gone).at("delete", &gone)?;
+        fault::point("evict.deleted");
+        Ok(())
+    }
+
+    /// Moves the blobs that nothing needs out of their place. The caller holds the store's lock alone.
+    fn move_garbage(&self) -> Result<(Vec<PathBuf>, u64), StoreError> {
+        let mut moved = Vec::new();
+        let mut bytes = 0;
+        for blob in self.blobs()?.into_values().filter(|blob| blob.links == 1) {
+            let gone = self.staging_name("gone");
+            fs::rename(&blob.path, &gone).at("rename", &blob.path)?;
+            fault::point("collect.renamed");
+            bytes += blob.bytes;
+            moved.push(gone);
+        }
+        Ok((moved, bytes))
+    }
+
+    /// Removes a snapshot that nothing holds, and the blobs that only it needed. Returns bytes freed.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Missing`], [`StoreError::Held`] or [`StoreError::Io`].
+    pub fn remove(&self, id: &SnapshotId) -> Result<u64, StoreError> {
+        let alone = self.lock_alone()?;
+        let dir = self.snapshot_dir(id);
+        if !dir.exists() {
+            return Err(StoreError::Missing(id.to_string()));
+        }
+        let holders: Vec<String> = self.holders(id)?.iter().map(ToString::to_string).collect();
+        if !holders.is_empty() || lock_dir(&dir)?.is_none() {
+            return Err(StoreError::Held {
+                snapshot: id.to_string(),
+                holders,
+            });
+        }
+        self.evict(id)?;
+        let (garbage, bytes) = self.move_garbage()?;
+        self.drop_stale_refs()?;
+        drop(alone);
+        delete_all(&garbage)?;
+        Ok(bytes)
+    }
+
+    /// Removes what nothing needs: blobs, dead work of killed processes, stale partial downloads.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Io`].
+    pub fn collect(&self, partial: Partial) -> Result<Collected, StoreError> {
+        let alone = self.lock_alone()?;
+        let mut collected = self.sweep_staging(partial)?;
+        collected.trees += self.sweep_withdrawn()?;
+        let (garbage, bytes) = self.move_garbage()?;
+        collected.blobs = garbage.len() as u64;
+        collected.bytes += bytes;
+        self.drop_stale_refs()?;
+        self.drop_stale_known()?;
+        drop(alone);
+        delete_all(&garbage)?;
+        for entry in entries(&self.root.join("damaged"))? {
+            let path = entry.path();
+            if partial == Partial::All || self.is_stale(&path)? {
+                collected.bytes += look(&path)?.map_or(0, |metadata| metadata.len());
+                fs::remove_file(&path).at("delete", &path)?;
+            }
+        }
+        Ok(collected)
+    }
+
+    /// Deletes what killed processes left in `staging`, and partial downloads.
+    fn sweep_staging(&self, partial: Partial) -> Result<Collected, StoreError> {
+        let mut swept = Collected::default();
+        for entry in entries(&self.staging())? {
+            let path = entry.path();
+            let bytes = look(&path)?.map_or(0, |metadata| metadata.blocks() * 512);
+            match path.extension().and_then(|ending| ending.to_str()) {
+                Some("tree") if lock_dir(&path)?.is_some() => {
+                    fs::remove_dir_all(&path).at("delete", &path)?;
+                    swept.trees += 1;
+                }
+                Some("gone") if path.is_dir() => fs::remove_dir_all(&path).at("delete", &path)?,
+                Some("gone" | "probe") => remove_if_there(&path)?,
+                Some("room") => swept.bytes += remove_unlocked(&path, bytes)?.unwrap_or(0),
+                Some("part") if partial == Partial::All || self.is_stale(&path)? => {
+                    if let Some(bytes) = remove_unlocked(&path, bytes)? {
+                        remove_if_there(&path.with_extension("journal"))?;
+                        swept.partial += 1;
+                        swept.bytes += bytes;
+                    }
+                }
+                Some("journal") if !path.with_extension("part").exists() => remove_if_there(&path)?,
+                _ => {}
+            }
+        }
+        Ok(swept)
+    }
+
+    /// Deletes snapshots that were withdrawn, unless somebody holds them.
+    fn sweep_withdrawn(&self) -> Result<u64, StoreError> {
+        let mut swept = 0;
+        for entry in entries(&self.root.join("snapshots"))? {
+            let dir = entry.path();
+            let Some(id) = entry
+                .file_name()
+                .to_str()
+                .and_then(|name| name.parse::<SnapshotId>().ok())
+            else {
+                continue;
+            };
+            let withdrawn = !dir.join("manifest.json").exists();
+            if withdrawn && self.holders(&id)?.is_empty() && lock_dir(&dir)?.is_some() {
+                self.evict(&id)?;
+                swept += 1;
+            }
+        }
+        Ok(swept)
+    }
+
+    fn is_stale(&self, path: &Path) -> Result<bool, StoreError> {
+        let Some(metadata) = look(path)? else {
+            return Ok(false);
+        };
+        let modified = metadata.modified().at("look at", path)?;
+        let age = SystemTime::now()
+            .duration_since(modified)
+            .unwrap_or_default();
+        Ok(age > self.limits.keep_partial)
+    }
+}
+
+impl Room {
+    /// Gives `bytes` of the space back, for a file that is staged next.
+    pub fn take(&self, bytes: u64) {
+        let mut left = self.left.lock().expect("no holder of this lock panics");
+        *left = left.saturating_sub(bytes);
+        if let Some(file) = &self.file {
+            // If it cannot shrink, the file that is staged next says that the disk is full.
+            let _ = file.set_len(*left);
+        }
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+fn percent(whole: u64, percent: u8) -> u64 {
+    whole / 100 * u64::from(percent)
+}
+
+fn inodes(snapshot: &Snapshot) -> impl Iterator<Item = u64> {
+    let files = snapshot.manifest.files.iter();
+    files.filter_map(|file| {
+        fs::symlink_metadata(snapshot.path.join(&file.path))
+            .ok()
+            .map(|m| m.ino())
+    })
+}
+
+/// Locks a directory alone; `None` if a lease holds it, or it is gone.
+fn lock_dir(path: &Path) -> Result<Option<claim::Held>, StoreError> {
+    match File::open(path) {
+        Ok(file) => claim::try_exclusive(file).at("lock", path),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).at("open", path),
+    }
+}
+
+fn look(path: &Path) -> Result<Option<fs::Metadata>, StoreError> {
+    match fs::symlink_metadata(path) {
+        Ok(metadata) => Ok(Some(metadata)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).at("look at", path),
+    }
+}
+
+fn remove_if_there(path: &Path) -> Result<(), StoreError> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error).at("remove", path),
+        _ => Ok(()),
+    }
+}
+
+/// Removes a file unless a process holds its lock. Returns `bytes` if it is gone.
+fn remove_unlocked(path: &Path, bytes: u64) -> Result<Option<u64>, StoreError> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error).at("open", path),
+    };
+    let Some(_lock) = claim::try_exclusive(file).at("lock", path)? else {
+        return Ok(None);
+    };
+    remove_if_there(path)?;
+    Ok(Some(bytes))
+}
+
+/// Deletes blobs that were moved out of their place: it may take long, so no lock is held.
+fn delete_all(paths: &[PathBuf]) -> Result<(), StoreError> {
+    for path in paths {
+        remove_if_there(path)?;
+        fault::point("collect.deleted");
+    }
+    match paths.first() {
+        Some(path) => sync_parent(path).at("sync the folder of", path),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,135 @@
+//! Pins: files that say who needs a snapshot. They outlive every process.
+
+use std::fmt;
+use std::fs::{self, File};
+use std::io;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use super::{At, Store, StoreError, entries, make_dirs, sync_parent};
+use crate::fault;
+use crate::model::SnapshotId;
+
+/// Who needs a snapshot: `csi/<volume id>` or `operator/<name>`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Holder(String);
+
+/// A text does not name a holder.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "`{0}` names no holder: csi/<volume id> or operator/<name>, of letters, digits, `.`, `_` and `-`"
+)]
+pub struct HolderError(String);
+
+impl Holder {
+    /// A holder that an operator named.
+    ///
+    /// # Errors
+    ///
+    /// [`HolderError`] for anything but 1 to 128 letters, digits, `.`, `_` and `-`.
+    pub fn operator(name: &str) -> Result<Self, HolderError> {
+        format!("operator/{name}").parse()
+    }
+}
+
+impl FromStr for Holder {
+    type Err = HolderError;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
+        match text.split_once('/') {
+            Some(("csi" | "operator", name))
+                if (1..=128).contains(&name.len())
+                    && !name.starts_with('.')
+                    && name.bytes().all(allowed) =>
+            {
+                Ok(Self(text.to_owned()))
+            }
+            _ => Err(HolderError(text.to_owned())),
+        }
+    }
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl Store {
+    /// Says that `holder` needs the snapshot. Saying it twice is the same as once.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Missing`] if the snapshot is not here, else [`StoreError::Io`].
+    pub fn pin(&self, id: &SnapshotId, holder: &Holder) -> Result<(), StoreError> {
+        // With the lock held nobody evicts between the look and the pin.
+        let _shared = self.lock_shared()?;
+        if !self.snapshot_dir(id).join("manifest.json").exists() {
+            return Err(StoreError::Missing(id.to_string()));
+        }
+        let path = self.pin_path(id, holder);
+        let parent = path.parent().unwrap_or(self.root());
+        make_dirs(parent).at("create", parent)?;
+        File::create(&path)
+            .and_then(|_| sync_parent(&path))
+            .at("write", &path)?;
+        fault::point("pin.written");
+        Ok(())
+    }
+
+    /// Says that `holder` no longer needs the snapshot. False if it did not hold it.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Io`].
+    pub fn unpin(&self, id: &SnapshotId, holder: &Holder) -> Result<bool, StoreError> {
+        let path = self.pin_path(id, holder);
+        let _alone = self.lock_alone()?;
+        let removed = match fs::remove_file(&path) {
+            Ok(()) => true,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(error) => return Err(error).at("remove", &path),
+        };
+        // The holder's folder goes with its last pin.
+        let _ = fs::remove_dir(path.parent().unwrap_or(&path));
+        Ok(removed)
+    }
+
+    /// Lets go of everything that `holder` holds; returns how much that was.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Io`].
+    pub fn release(&self, holder: &Holder) -> Result<u32, StoreError> {
+        let mut released = 0;
+        for entry in entries(&self.root.join("pins").join(&holder.0))? {
+            let id = entry
+                .file_name()
+                .to_str()
+                .and_then(|name| name.parse::<SnapshotId>().ok());
+            if let Some(id) = id {
+                released += u32::from(self.unpin(&id, holder)?);
+            }
+        }
+        Ok(released)
+    }
+
+    /// Who needs the snapshot.
+    pub(super) fn holders(&self, id: &SnapshotId) -> Result<Vec<Holder>, StoreError> {
+        let mut holders = Vec::new();
+        for kind in ["csi", "operator"] {
+            for entry in entries(&self.root.join("pins").join(kind))? {
+                let name = format!("{kind}/{}", entry.file_name().to_string_lossy());
+                if entry.path().join(id.as_str()).exists() {
+                    holders.extend(name.parse::<Holder>());
+                }
+            }
+        }
+        holders.sort();
+        Ok(holders)
+    }
+
+    fn pin_path(&self, id: &SnapshotId, holder: &Holder) -> PathBuf {
+        self.root.join("pins").join(&holder.0).join(id.as_str())
+    }
+}

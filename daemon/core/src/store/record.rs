@@ -1,0 +1,228 @@
+//! Small things that the store remembers: what names resolved to, which digest an origin's name for
+//! some bytes stood for, and which fetches are under way.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::pin::Holder;
+use super::{At, Store, StoreError, entries, make_dirs, write_atomically};
+use crate::digest::Digest;
+use crate::fault;
+use crate::model::{ModelRef, Patterns, Revision, SnapshotId};
+
+/// What a model's name stood for when it was last resolved.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Reference {
+    pub(super) revision: Revision,
+    pub(super) snapshot: SnapshotId,
+}
+
+/// A fetch under way: what was asked for, so that a new process can go on with it. Never a secret.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct FetchRecord {
+    /// The model as it was typed.
+    pub model: ModelRef,
+    /// Which files.
+    pub patterns: Patterns,
+    /// Who is to hold it when it is published.
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "holder_text")]
+    pub pin: Option<Holder>,
+}
+
+mod holder_text {
+    use super::Holder;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(
+        holder: &Option<Holder>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        holder
+            .as_ref()
+            .map(ToString::to_string)
+            .serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<Holder>, D::Error> {
+        let text = Option::<String>::deserialize(deserializer)?;
+        text.map(|text| text.parse().map_err(serde::de::Error::custom))
+            .transpose()
+    }
+}
+
+/// What may stand in a file name as it is.
+const KEEP: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.');
+
+/// One file name for any text. Short texts stay readable.
+fn file_name(text: &str) -> String {
+    let encoded = utf8_percent_encode(text, KEEP).to_string();
+    if encoded.len() > 200 || encoded.starts_with('.') {
+        return Digest::of(text.as_bytes()).to_string();
+    }
+    encoded
+}
+
+fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, StoreError> {
+    match fs::read(path) {
+        // A record is a convenience: one that cannot be read is as good as none.
+        Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).at("read", path),
+    }
+}
+
+fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), StoreError> {
+    let parent = path.parent().unwrap_or(path);
+    let bytes = serde_json::to_vec(value)
+        .map_err(io::Error::other)
+        .at("write", path)?;
+    make_dirs(parent)
+        .and_then(|()| write_atomically(path, &bytes))
+        .at("write", path)
+}
+
+impl Store {
+    fn ref_path(&self, model: &ModelRef) -> PathBuf {
+        let folder = self
+            .root
+            .join("refs")
+            .join(model.scheme().as_str())
+            .join(file_name(model.name()));
+        folder.join(file_name(model.revision_or_default()))
+    }
+
+    pub(super) fn read_ref(&self, model: &ModelRef) -> Result<Option<Reference>, StoreError> {
+        read_json(&self.ref_path(model))
+    }
+
+    pub(super) fn write_ref(
+        &self,
+        model: &ModelRef,
+        revision: &Revision,
+        id: &SnapshotId,
+    ) -> Result<(), StoreError> {
+        let reference = Reference {
+            revision: revision.clone(),
+            snapshot: id.clone(),
+        };
+        write_json(&self.ref_path(model), &reference)?;
+        fault::point("ref.written");
+        Ok(())
+    }
+
+    /// Forgets what names resolved to, where the snapshot is gone.
+    pub(super) fn drop_stale_refs(&self) -> Result<(), StoreError> {
+        for scheme in entries(&self.root.join("refs"))? {
+            for name in entries(&scheme.path())? {
+                for revision in entries(&name.path())? {
+                    let path = revision.path();
+                    let reference: Option<Reference> = read_json(&path)?;
+                    if reference.is_none_or(|found| !self.snapshot_dir(&found.snapshot).exists()) {
+                        fs::remove_file(&path).at("remove", &path)?;
+                    }
+                }
+                let _ = fs::remove_dir(name.path());
+            }
+        }
+        Ok(())
+    }
+
+    fn known_path(&self, identity: &str) -> PathBuf {
+        let name = Digest::of(identity.as_bytes()).to_string();
+        self.root.join("known").join(&name[..2]).join(&name)
+    }
+
+    /// The digest of the bytes that an origin calls `identity`, if they were hashed before.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Io`].
+    pub fn known(&self, identity: &str) -> Result<Option<Digest>, StoreError> {
+        read_json(&self.known_path(identity))
+    }
+
+    /// Remembers that what an origin calls `identity` has this digest.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Io`].
+    pub fn remember(&self, identity: &str, digest: Digest) -> Result<(), StoreError> {
+        write_json(&self.known_path(identity), &digest)?;
+        fault::point("known.written");
+        Ok(())
+    }
+
+    /// Forgets the origins' names of blobs that are gone.
+    pub(super) fn drop_stale_known(&self) -> Result<(), StoreError> {
+        for folder in entries(&self.root.join("known"))? {
+            for entry in entries(&folder.path())? {
+                let path = entry.path();
+                let digest: Option<Digest> = read_json(&path)?;
+                if digest.is_none_or(|digest| !self.has(digest)) {
+                    fs::remove_file(&path).at("remove", &path)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn fetch_path(&self, record: &FetchRecord) -> PathBuf {
+        let key = serde_json::json!([
+            record.model,
+            record.patterns,
+            record.pin.as_ref().map(ToString::to_string)
+        ]);
+        self.root.join(format!(
+            "fetches/{}.json",
+            Digest::of(key.to_string().as_bytes())
+        ))
+    }
+
+    /// Remembers a fetch until [`Store::forget_fetch`].
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Io`].
+    pub fn record_fetch(&self, record: &FetchRecord) -> Result<(), StoreError> {
+        write_json(&self.fetch_path(record), record)?;
+        fault::point("fetch.recorded");
+        Ok(())
+    }
+
+    /// Forgets a fetch that has ended.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Io`].
+    pub fn forget_fetch(&self, record: &FetchRecord) -> Result<(), StoreError> {
+        let path = self.fetch_path(record);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(error).at("remove", &path);
+            }
+            _ => {}
+        }
+        fault::point("fetch.forgotten");
+        Ok(())
+    }
+
+    /// The fetches that were under way when their process ended.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Io`].
+    pub fn recorded_fetches(&self) -> Result<Vec<FetchRecord>, StoreError> {
+        let mut records = Vec::new();
+        for entry in entries(&self.root.join("fetches"))? {
+            records.extend(read_json::<FetchRecord>(&entry.path())?);
+        }
+        Ok(records)
+    }
+}
