@@ -13,6 +13,7 @@
 //!   pins/<kind>/<holder>/<snapshot id>
 //!   known/<aa>/<64 hex>               an origin's name for some bytes → their digest
 //!   fetches/<64 hex>.json             fetches under way, to be resumed
+//!   rates/<scheme>                    bytes per second that a kind of source served
 //!   damaged/…                         blobs whose bytes went bad, set aside
 //! ```
 //!

@@ -152,6 +152,21 @@ impl Store {
         }
     }
 
+    /// Disk space that an unfinished download of these bytes has taken already.
+    #[must_use]
+    pub fn staged_bytes(&self, key: &StageKey) -> u64 {
+        let path = self.staging().join(format!("{key}.part"));
+        fs::metadata(path).map_or(0, |metadata| {
+            std::os::unix::fs::MetadataExt::blocks(&metadata) * 512
+        })
+    }
+
+    /// Bytes that an unfinished download of these bytes has brought already.
+    #[must_use]
+    pub fn journaled_bytes(&self, key: &StageKey) -> u64 {
+        Journal::bytes_at(&self.staging().join(format!("{key}.journal")))
+    }
+
     fn allocate(&self, file: &File, path: &Path, size: u64) -> Result<(), StoreError> {
         file.set_len(0).at("empty", path)?;
         match preallocate(file, size) {

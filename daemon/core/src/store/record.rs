@@ -13,7 +13,7 @@ use super::pin::Holder;
 use super::{At, Store, StoreError, entries, make_dirs, write_atomically};
 use crate::digest::Digest;
 use crate::fault;
-use crate::model::{ModelRef, Patterns, Revision, SnapshotId};
+use crate::model::{ModelRef, Patterns, Revision, Scheme, SnapshotId};
 
 /// What a model's name stood for when it was last resolved.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -171,6 +171,28 @@ impl Store {
             }
         }
         Ok(())
+    }
+
+    /// Remembers at which rate, in bytes per second, a kind of source served.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Io`].
+    pub fn note_rate(&self, scheme: Scheme, bytes_per_second: f64) -> Result<(), StoreError> {
+        write_json(&self.rate_path(scheme), &bytes_per_second)
+    }
+
+    /// The rate that [`Store::note_rate`] remembered last.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Io`].
+    pub fn rate(&self, scheme: Scheme) -> Result<Option<f64>, StoreError> {
+        read_json(&self.rate_path(scheme))
+    }
+
+    fn rate_path(&self, scheme: Scheme) -> PathBuf {
+        self.root.join("rates").join(scheme.as_str())
     }
 
     fn fetch_path(&self, record: &FetchRecord) -> PathBuf {

@@ -1,0 +1,406 @@
+//! Bringing one snapshot into the local tier: one straight line from a model's name to a directory.
+//!
+//! A fetch runs in a task of its own, so whoever waits for it may leave. Work on the same request is
+//! joined; work on the same bytes, in this process or another, is kept apart by the store's claims.
+
+use std::collections::HashMap;
+use std::panic::AssertUnwindSafe;
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
+
+use futures::FutureExt;
+use tokio::sync::{Semaphore, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::blocking;
+use crate::digest::ClaimMismatch;
+use crate::errors::Chain;
+use crate::metrics::Metrics;
+use crate::model::{ModelRef, RelPath, SnapshotId};
+use crate::source::{LeftOut, SourceError, Sources};
+use crate::store::{FetchRecord, Snapshot, Store, StoreError};
+
+mod bring;
+mod check;
+mod pace;
+mod parts;
+mod plan;
+mod progress;
+
+pub use check::CheckError;
+pub use plan::{Plan, PlannedFile};
+pub use progress::{Phase, Progress};
+
+use progress::Meter;
+
+/// What is asked for.
+pub type FetchRequest = FetchRecord;
+
+/// How much a fetcher does at once, and how patient it is. The limits hold for all its fetches together.
+#[derive(Debug, Clone, Copy)]
+pub struct FetchLimits {
+    /// Ranged reads at once.
+    pub connections: usize,
+    /// Bytes that may have arrived and not be written yet.
+    pub memory_bytes: u64,
+    /// Bytes of one ranged read: 16 MiB.
+    ///
+    /// Source: Amazon S3 whitepaper, "Use byte-range fetches", which advises 8 or 16 MB.
+    pub part_bytes: u64,
+    /// Files larger than a part that are worked on at once: each has a hasher, which takes one core.
+    pub files_in_flight: usize,
+    /// Tries of one range, or one question, that bring nothing.
+    pub attempts: u32,
+    /// A connection over which nothing arrives for this long is replaced.
+    pub stall_timeout: Duration,
+}
+
+impl Default for FetchLimits {
+    fn default() -> Self {
+        Self {
+            connections: 64,
+            memory_bytes: 64 << 20,
+            part_bytes: 16 << 20,
+            files_in_flight: 8,
+            attempts: 6,
+            stall_timeout: Duration::from_secs(15),
+        }
+    }
+}
+
+/// What a fetch brought.
+#[derive(Debug, Clone)]
+pub struct Fetched {
+    /// The published snapshot.
+    pub snapshot: Snapshot,
+    /// Bytes received from the origin.
+    pub bytes_fetched: u64,
+    /// Bytes that were here already.
+    pub bytes_reused: u64,
+    /// Time from the request on.
+    pub seconds: f64,
+    /// What the patterns left out.
+    pub left_out: LeftOut,
+}
+
+/// Why a fetch failed. The variant says what the caller does next.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum FetchError {
+    /// The origin did not give it.
+    #[error("cannot fetch {model}")]
+    Source {
+        /// What was asked for.
+        model: ModelRef,
+        /// Why.
+        #[source]
+        source: SourceError,
+    },
+    /// The store did not take it.
+    #[error("cannot store {model}")]
+    Store {
+        /// What was asked for.
+        model: ModelRef,
+        /// Why.
+        #[source]
+        source: Arc<StoreError>,
+    },
+    /// The origin sends other bytes than it claims.
+    #[error("cannot fetch {model}: {path} arrived with wrong bytes, more than once")]
+    Mismatch {
+        /// What was asked for.
+        model: ModelRef,
+        /// The file.
+        path: RelPath,
+        /// Which claim does not hold.
+        #[source]
+        source: ClaimMismatch,
+    },
+    /// The bytes are what the origin claims, but no loader could read them.
+    #[error("cannot publish {model}")]
+    Broken {
+        /// What was asked for.
+        model: ModelRef,
+        /// What is wrong.
+        #[source]
+        source: CheckError,
+    },
+    /// This process is ending.
+    #[error("fetching {model} was stopped")]
+    Stopped {
+        /// What was asked for.
+        model: ModelRef,
+    },
+    /// A defect of ours.
+    #[error("fetching {model} ended in a defect of weightd")]
+    Defect {
+        /// What was asked for.
+        model: ModelRef,
+    },
+}
+
+impl FetchError {
+    /// What the user can do about it, if there is something.
+    #[must_use]
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Source { source, .. } => source.hint().map(str::to_owned),
+            Self::Store { source, .. } => source.hint(),
+            Self::Mismatch { .. } => Some(
+                "the origin or a proxy on the way damages it; nothing of it was kept".to_owned(),
+            ),
+            Self::Broken { source, .. } => Some(format!(
+                "the origin holds it broken: have it mended there, or leave it out with --exclude '{}'",
+                source.path
+            )),
+            Self::Stopped { .. } => Some("run it again: it goes on where it stopped".to_owned()),
+            Self::Defect { .. } => Some("please report it with the log".to_owned()),
+        }
+    }
+}
+
+/// Fetches models into one store, from any source.
+pub struct Fetcher {
+    shared: Arc<Shared>,
+    active: Mutex<HashMap<FetchRequest, Arc<Job>>>,
+    /// One fetch at a time for each snapshot, whatever it was called.
+    turns: Mutex<HashMap<SnapshotId, Weak<tokio::sync::Mutex<()>>>>,
+    stop: CancellationToken,
+    tasks: TaskTracker,
+}
+
+/// What all fetches share.
+struct Shared {
+    store: Arc<Store>,
+    sources: Arc<dyn Sources>,
+    limits: FetchLimits,
+    metrics: Arc<Metrics>,
+    connections: Arc<Semaphore>,
+}
+
+type Outcome = Option<Result<Fetched, FetchError>>;
+
+/// One fetch under way.
+struct Job {
+    request: FetchRequest,
+    meter: Arc<Meter>,
+    outcome: watch::Sender<Outcome>,
+}
+
+/// A caller's view of a fetch, which goes on without it.
+pub struct Fetch {
+    progress: watch::Receiver<Progress>,
+    outcome: watch::Receiver<Outcome>,
+    model: ModelRef,
+}
+
+impl Fetch {
+    /// How far it is.
+    #[must_use]
+    pub fn progress(&self) -> watch::Receiver<Progress> {
+        self.progress.clone()
+    }
+
+    /// Waits until it has ended.
+    ///
+    /// # Errors
+    ///
+    /// [`FetchError`], the same for all who wait.
+    pub async fn wait(mut self) -> Result<Fetched, FetchError> {
+        let ended = self.outcome.wait_for(Option::is_some).await;
+        let outcome = ended.ok().and_then(|outcome| outcome.clone());
+        outcome.unwrap_or(Err(FetchError::Stopped { model: self.model }))
+    }
+}
+
+impl Job {
+    fn source_error(&self, source: SourceError) -> FetchError {
+        FetchError::Source {
+            model: self.request.model.clone(),
+            source,
+        }
+    }
+
+    fn store_error(&self, source: StoreError) -> FetchError {
+        FetchError::Store {
+            model: self.request.model.clone(),
+            source: Arc::new(source),
+        }
+    }
+
+    fn stopped(&self) -> FetchError {
+        FetchError::Stopped {
+            model: self.request.model.clone(),
+        }
+    }
+
+    /// Runs `work` on the blocking pool.
+    async fn on_store<T: Send + 'static>(
+        &self,
+        store: &Arc<Store>,
+        work: impl FnOnce(&Arc<Store>) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, FetchError> {
+        let store = Arc::clone(store);
+        blocking::run(move || work(&store))
+            .await
+            .map_err(|error| self.store_error(error))
+    }
+}
+
+impl Fetcher {
+    /// A fetcher into `store`.
+    #[must_use]
+    pub fn new(
+        store: Arc<Store>,
+        sources: Arc<dyn Sources>,
+        limits: FetchLimits,
+        metrics: Arc<Metrics>,
+    ) -> Arc<Self> {
+        let connections = limits.connection_permits();
+        Arc::new(Self {
+            shared: Arc::new(Shared {
+                store,
+                sources,
+                limits,
+                metrics,
+                connections,
+            }),
+            active: Mutex::default(),
+            turns: Mutex::default(),
+            stop: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+        })
+    }
+
+    /// Starts to fetch, or joins the same request under way. It goes on if the caller leaves.
+    pub fn fetch(self: &Arc<Self>, request: FetchRequest) -> Fetch {
+        let mut active = self.active.lock().expect("no holder of this lock panics");
+        let job = active.entry(request.clone()).or_insert_with(|| {
+            let job = Arc::new(Job {
+                meter: Arc::new(Meter::new(request.model.clone())),
+                outcome: watch::channel(None).0,
+                request,
+            });
+            self.tasks.spawn(Arc::clone(self).run(Arc::clone(&job)));
+            job
+        });
+        Fetch {
+            progress: job.meter.subscribe(),
+            outcome: job.outcome.subscribe(),
+            model: job.request.model.clone(),
+        }
+    }
+
+    async fn run(self: Arc<Self>, job: Arc<Job>) {
+        let metrics = &self.shared.metrics;
+        metrics.fetches_active.inc();
+        let work = AssertUnwindSafe(self.recorded(&job)).catch_unwind();
+        let outcome = tokio::select! {
+            biased;
+            () = self.stop.cancelled() => Err(job.stopped()),
+            () = job.meter.keep_fresh() => unreachable!("it never ends"),
+            outcome = work => outcome.unwrap_or(Err(FetchError::Defect { model: job.request.model.clone() })),
+        };
+        let ended = match &outcome {
+            Ok(_) => "ok",
+            Err(FetchError::Stopped { .. }) => "stopped",
+            Err(error) => {
+                tracing::warn!(model = %job.request.model, error = %Chain(error), "fetch failed");
+                "failed"
+            }
+        };
+        metrics.fetch_ended(job.request.model.scheme(), ended, job.meter.elapsed());
+        metrics.fetches_active.dec();
+        // First off the list, then the news: who asks again after it gets a new fetch.
+        self.active
+            .lock()
+            .expect("no holder of this lock panics")
+            .remove(&job.request);
+        job.outcome.send_replace(Some(outcome));
+    }
+
+    /// Brings the snapshot, on record: if this process dies, the next one goes on.
+    async fn recorded(&self, job: &Job) -> Result<Fetched, FetchError> {
+        let record = job.request.clone();
+        job.on_store(&self.shared.store, move |store| store.record_fetch(&record))
+            .await?;
+        let outcome = self.bring(job).await;
+        let record = job.request.clone();
+        if let Ok(fetched) = &outcome {
+            self.note_rate(job, fetched).await;
+        }
+        job.on_store(&self.shared.store, move |store| store.forget_fetch(&record))
+            .await?;
+        outcome
+    }
+
+    /// Remembers how fast this kind of source was, for [`Fetcher::plan`].
+    async fn note_rate(&self, job: &Job, fetched: &Fetched) {
+        const TELLING: u64 = 16 << 20;
+        if fetched.bytes_fetched < TELLING {
+            return;
+        }
+        let rate = fetched.bytes_fetched as f64 / fetched.seconds.max(0.001);
+        let scheme = job.request.model.scheme();
+        let noted = job
+            .on_store(&self.shared.store, move |store| {
+                store.note_rate(scheme, rate)
+            })
+            .await;
+        if let Err(error) = noted {
+            tracing::debug!(error = %Chain(&error), "rate not noted");
+        }
+    }
+
+    fn turn(&self, id: &SnapshotId) -> Arc<tokio::sync::Mutex<()>> {
+        let mut turns = self.turns.lock().expect("no holder of this lock panics");
+        turns.retain(|_, turn| turn.strong_count() > 0);
+        if let Some(turn) = turns.get(id).and_then(Weak::upgrade) {
+            return turn;
+        }
+        let turn = Arc::default();
+        turns.insert(id.clone(), Arc::downgrade(&turn));
+        turn
+    }
+
+    /// The fetches under way.
+    #[must_use]
+    pub fn active(&self) -> Vec<Progress> {
+        let active = self.active.lock().expect("no holder of this lock panics");
+        active.values().map(|job| job.meter.current()).collect()
+    }
+
+    /// The store that it fetches into.
+    #[must_use]
+    pub fn store(&self) -> &Arc<Store> {
+        &self.shared.store
+    }
+
+    /// Goes on with the fetches that an earlier process left under way; returns how many.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Io`].
+    pub fn resume(self: &Arc<Self>) -> Result<usize, StoreError> {
+        let records = self.shared.store.recorded_fetches()?;
+        let count = records.len();
+        for record in records {
+            tracing::info!(model = %record.model, "resuming a fetch");
+            drop(self.fetch(record));
+        }
+        Ok(count)
+    }
+
+    /// Stops all fetches and waits, at most `deadline`, until they have let go. What they brought is on
+    /// disk and on record.
+    pub async fn shutdown(&self, deadline: Duration) {
+        self.stop.cancel();
+        self.tasks.close();
+        if tokio::time::timeout(deadline, self.tasks.wait())
+            .await
+            .is_err()
+        {
+            tracing::warn!("fetches did not stop in time");
+        }
+    }
+}

@@ -1,0 +1,479 @@
+//! One fetch, from the name that was typed to the published snapshot.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use tokio::sync::Semaphore;
+
+use super::parts::{self, Origin, PartsError};
+use super::progress::{FileMeter, Phase};
+use super::{FetchError, Fetched, Fetcher, Job, check};
+use crate::blocking;
+use crate::digest::{ClaimMismatch, Digest};
+use crate::errors::Chain;
+use crate::manifest::{FileEntry, Manifest};
+use crate::model::{Patterns, Revision, SnapshotId};
+use crate::source::{LeftOut, Listing, RemoteFile, Source, SourceError};
+use crate::store::{
+    Claimed, HashError, Lease, Room, SnapshotLease, StageKey, Store, StoreError, Watch,
+};
+
+/// How often we look whether somebody else is done with the same bytes.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// How often a file whose bytes prove wrong is fetched in all.
+const WRONG_BYTES: u32 = 2;
+
+/// How often a file is staged anew because the disk lost bytes of an earlier run.
+const TORN: u32 = 3;
+
+impl Fetcher {
+    /// Brings the snapshot that `job` asks for.
+    pub(super) async fn bring(&self, job: &Job) -> Result<Fetched, FetchError> {
+        let (model, patterns) = (&job.request.model, &job.request.patterns);
+        if let Some(revision) = model.pinned() {
+            let id = SnapshotId::new(model, &revision, patterns);
+            if let Some(lease) = self.lease_published(job, &id).await? {
+                return self
+                    .finish(job, &revision, &id, lease, LeftOut::default())
+                    .await;
+            }
+        }
+        let source = self
+            .shared
+            .sources
+            .open(model)
+            .map_err(|error| job.source_error(error))?;
+        let revision = self.patiently(job, || source.resolve()).await?;
+        let id = SnapshotId::new(model, &revision, patterns);
+        job.meter.set(|progress| {
+            progress.model = model.at(&revision);
+            progress.snapshot = Some(id.clone());
+        });
+        let turn = self.turn(&id);
+        let _turn = turn.lock().await;
+        if let Some(lease) = self.lease_published(job, &id).await? {
+            return self
+                .finish(job, &revision, &id, lease, LeftOut::default())
+                .await;
+        }
+        let listing = self
+            .patiently(job, || source.list(&revision, patterns))
+            .await?;
+        let left_out = listing.left_out.clone();
+        let lease = self.gather(job, source, listing, &revision, &id).await?;
+        self.finish(job, &revision, &id, lease, left_out).await
+    }
+
+    async fn lease_published(
+        &self,
+        job: &Job,
+        id: &SnapshotId,
+    ) -> Result<Option<SnapshotLease>, FetchError> {
+        let id = id.clone();
+        job.on_store(&self.shared.store, move |store| store.lease_snapshot(&id))
+            .await
+    }
+
+    /// Marks the snapshot as used, pins it and says what it took.
+    async fn finish(
+        &self,
+        job: &Job,
+        revision: &Revision,
+        id: &SnapshotId,
+        lease: SnapshotLease,
+        left_out: LeftOut,
+    ) -> Result<Fetched, FetchError> {
+        let (request, id, revision) = (job.request.clone(), id.clone(), revision.clone());
+        let snapshot = job
+            .on_store(&self.shared.store, move |store| {
+                store.touch(&request.model, &revision, &id)?;
+                if let Some(holder) = &request.pin {
+                    store.pin(&id, holder)?;
+                }
+                let snapshot = store.snapshot(&id)?;
+                drop(lease);
+                snapshot.ok_or_else(|| StoreError::Missing(id.to_string()))
+            })
+            .await?;
+        let bytes = snapshot.manifest.bytes();
+        let bytes_fetched = job.meter.bytes_fetched();
+        let bytes_reused = bytes.saturating_sub(bytes_fetched);
+        let elapsed = job.meter.elapsed();
+        self.shared
+            .metrics
+            .reused(job.request.model.scheme(), bytes_reused);
+        let model = snapshot.manifest.model.to_string();
+        tracing::info!(
+            model,
+            bytes,
+            bytes_fetched,
+            elapsed_s = elapsed.as_secs_f64(),
+            "snapshot ready"
+        );
+        Ok(Fetched {
+            snapshot,
+            bytes_fetched,
+            bytes_reused,
+            seconds: elapsed.as_secs_f64(),
+            left_out,
+        })
+    }
+
+    /// Asks the origin until it answers, or has failed too often.
+    pub(super) async fn patiently<T, F>(
+        &self,
+        job: &Job,
+        ask: impl Fn() -> F,
+    ) -> Result<T, FetchError>
+    where
+        F: Future<Output = Result<T, SourceError>>,
+    {
+        let mut failures = 0;
+        loop {
+            let error = match ask().await {
+                Ok(answer) => return Ok(answer),
+                Err(error) => error,
+            };
+            failures += 1;
+            let SourceError::Unavailable { retry_after, .. } = &error else {
+                return Err(job.source_error(error));
+            };
+            if failures >= self.shared.limits.attempts {
+                return Err(job.source_error(error));
+            }
+            let pause = retry_after.unwrap_or_else(|| parts::backoff(failures));
+            tracing::debug!(model = %job.request.model, failures, %error, "origin unavailable, asking again");
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    /// Brings all files of the listing together and publishes them.
+    async fn gather(
+        &self,
+        job: &Job,
+        source: Arc<dyn Source>,
+        listing: Listing,
+        revision: &Revision,
+        id: &SnapshotId,
+    ) -> Result<SnapshotLease, FetchError> {
+        let mut files: Vec<Arc<RemoteFile>> = listing.files.into_iter().map(Arc::new).collect();
+        job.meter.set(|progress| {
+            progress.files = files.len() as u64;
+            progress.bytes = files.iter().map(|file| file.size).sum();
+            progress.phase = Phase::WaitingForRoom;
+        });
+        // Small files first: they are what a loader opens first, and what fails first if access is denied.
+        let part_bytes = self.shared.limits.part_bytes;
+        files.sort_by(|a, b| (a.size > part_bytes, &a.path).cmp(&(b.size > part_bytes, &b.path)));
+        let lease = Arc::new(job.on_store(&self.shared.store, Store::lease).await?);
+        let (here, missing) = self.look_up(job, &lease, &files).await?;
+        for entry in &here {
+            job.meter.file().found(entry.size);
+            job.meter.file_done();
+        }
+        let room = self.reserve(job, &missing).await?;
+        job.meter.set(|progress| progress.phase = Phase::Fetching);
+        let mut entries = here;
+        entries.extend(
+            self.fetch_files(job, source, missing, &lease, &room)
+                .await?,
+        );
+        entries.sort_by(|a, b| a.path.cmp(&b.path));
+        job.meter.set(|progress| progress.phase = Phase::Publishing);
+        self.publish(job, lease, entries, revision, id).await
+    }
+
+    /// Links what is here already into the lease; returns that and the rest.
+    async fn look_up(
+        &self,
+        job: &Job,
+        lease: &Arc<Lease>,
+        files: &[Arc<RemoteFile>],
+    ) -> Result<(Vec<FileEntry>, Vec<Arc<RemoteFile>>), FetchError> {
+        let (lease, files) = (Arc::clone(lease), files.to_vec());
+        job.on_store(&self.shared.store, move |store| {
+            let (mut here, mut missing) = (Vec::new(), Vec::new());
+            for file in files {
+                match link_if_here(store, &lease, &file)? {
+                    Some(entry) => here.push(entry),
+                    None => missing.push(file),
+                }
+            }
+            Ok((here, missing))
+        })
+        .await
+    }
+
+    async fn reserve(
+        &self,
+        job: &Job,
+        missing: &[Arc<RemoteFile>],
+    ) -> Result<Arc<Room>, FetchError> {
+        let missing = missing.to_vec();
+        let room = job
+            .on_store(&self.shared.store, move |store| {
+                let needed = missing.iter().map(|file| {
+                    file.size
+                        .saturating_sub(store.staged_bytes(&StageKey::of(file)))
+                });
+                store.reserve(needed.sum())
+            })
+            .await?;
+        if !room.evicted.is_empty() {
+            self.shared
+                .metrics
+                .evicted(room.evicted.len() as u64, room.freed);
+            tracing::info!(
+                snapshots = room.evicted.len(),
+                bytes = room.freed,
+                "evicted to make room"
+            );
+        }
+        Ok(Arc::new(room))
+    }
+
+    async fn fetch_files(
+        &self,
+        job: &Job,
+        source: Arc<dyn Source>,
+        missing: Vec<Arc<RemoteFile>>,
+        lease: &Arc<Lease>,
+        room: &Arc<Room>,
+    ) -> Result<Vec<FileEntry>, FetchError> {
+        let origin = Origin {
+            source,
+            scheme: job.request.model.scheme(),
+            shared: Arc::clone(&self.shared),
+            pace: Arc::default(),
+            meter: Arc::clone(&job.meter),
+        };
+        // Small files wait for their origin more than for bytes, so more of them go at once.
+        let part_bytes = self.shared.limits.part_bytes;
+        let small = Semaphore::new(self.shared.limits.connections.min(32));
+        let large = Semaphore::new(self.shared.limits.files_in_flight);
+        let mut fetches: FuturesUnordered<_> = missing
+            .into_iter()
+            .map(|file| {
+                let turn = if file.size > part_bytes {
+                    &large
+                } else {
+                    &small
+                };
+                let one = OneFile {
+                    job,
+                    origin: &origin,
+                    file,
+                    lease,
+                    room,
+                };
+                async move {
+                    let _turn = turn.acquire().await.expect("nobody closes it");
+                    one.fetch().await
+                }
+            })
+            .collect();
+        let mut entries = Vec::new();
+        while let Some(entry) = fetches.next().await {
+            entries.push(entry?);
+            job.meter.file_done();
+        }
+        Ok(entries)
+    }
+
+    async fn publish(
+        &self,
+        job: &Job,
+        lease: Arc<Lease>,
+        files: Vec<FileEntry>,
+        revision: &Revision,
+        id: &SnapshotId,
+    ) -> Result<SnapshotLease, FetchError> {
+        let model = job.request.model.at(revision);
+        let patterns = job.request.patterns.clone();
+        let now = SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap_or_default();
+        let published_at = i64::try_from(now.as_secs()).unwrap_or(i64::MAX);
+        let format = Manifest::FORMAT;
+        let manifest = Manifest {
+            format,
+            snapshot: id.clone(),
+            model,
+            patterns,
+            published_at,
+            files,
+        };
+        let whole = manifest.patterns == Patterns::default();
+        let checked = blocking::run(move || {
+            let checked = check::model(&lease.tree(), &manifest.files, whole);
+            checked.map(|()| (lease, manifest))
+        });
+        let broken = |source| FetchError::Broken {
+            model: job.request.model.clone(),
+            source,
+        };
+        let (lease, manifest) = checked.await.map_err(broken)?;
+        job.on_store(&self.shared.store, move |_| {
+            let lease =
+                Arc::into_inner(lease).expect("no file of this fetch is under way any more");
+            lease.publish(&manifest)
+        })
+        .await
+    }
+}
+
+/// Links a file into the lease if its bytes are here.
+fn link_if_here(
+    store: &Store,
+    lease: &Lease,
+    file: &RemoteFile,
+) -> Result<Option<FileEntry>, StoreError> {
+    let digest = match (file.claims.sha256, &file.identity) {
+        (Some(digest), _) => Some(digest),
+        (None, Some(identity)) => store.known(identity)?,
+        (None, None) => None,
+    };
+    let Some(digest) = digest else {
+        return Ok(None);
+    };
+    Ok(lease.add(digest, &file.path)?.then(|| entry(file, digest)))
+}
+
+fn entry(file: &RemoteFile, sha256: Digest) -> FileEntry {
+    FileEntry {
+        path: file.path.clone(),
+        size: file.size,
+        sha256,
+        git_oid: file.claims.git_oid,
+        xet_hash: file.xet_hash.clone(),
+    }
+}
+
+/// One missing file of a fetch.
+struct OneFile<'a> {
+    job: &'a Job,
+    origin: &'a Origin,
+    file: Arc<RemoteFile>,
+    lease: &'a Arc<Lease>,
+    room: &'a Arc<Room>,
+}
+
+/// What came of one try at a file.
+enum Tried {
+    Here(FileEntry),
+    Torn,
+    Wrong(ClaimMismatch),
+}
+
+impl OneFile<'_> {
+    async fn fetch(self) -> Result<FileEntry, FetchError> {
+        let meter = self.job.meter.file();
+        let (mut wrong, mut torn) = (0, 0);
+        loop {
+            match self.try_once(&meter).await? {
+                Tried::Here(entry) => {
+                    meter.set(entry.size);
+                    return Ok(entry);
+                }
+                Tried::Torn => torn += 1,
+                Tried::Wrong(source) => {
+                    wrong += 1;
+                    meter.set(0);
+                    self.origin.shared.metrics.mismatched(self.origin.scheme);
+                    let path = self.file.path.clone();
+                    tracing::warn!(%path, error = %Chain(&source), wrong, "wrong bytes, fetching the file again");
+                    if wrong >= WRONG_BYTES {
+                        let model = self.job.request.model.clone();
+                        return Err(FetchError::Mismatch {
+                            model,
+                            path,
+                            source,
+                        });
+                    }
+                }
+            }
+            if torn >= TORN {
+                let detail = "the disk keeps losing bytes that were written".to_owned();
+                let source = std::io::Error::other(detail);
+                let path = self.file.path.as_str().into();
+                return Err(self.job.store_error(StoreError::Io {
+                    op: "stage",
+                    path,
+                    source,
+                }));
+            }
+        }
+    }
+
+    async fn try_once(&self, meter: &FileMeter<'_>) -> Result<Tried, FetchError> {
+        let claim = loop {
+            let key = StageKey::of(&self.file);
+            match self.on_store(move |store, _, _| store.claim(&key)).await? {
+                Claimed::Mine(claim) => break claim,
+                Claimed::Theirs(watch) => self.follow(watch, meter).await?,
+            }
+        };
+        // Looked up with the claim in hand: whoever had it before may have sealed the bytes.
+        let looked = self.on_store(link_if_here);
+        if let Some(entry) = looked.await? {
+            return Ok(Tried::Here(entry));
+        }
+        let room = Arc::clone(self.room);
+        let part = self
+            .on_store(move |store, _, file| {
+                room.take(file.size);
+                claim.stage(store, file.size)
+            })
+            .await?;
+        meter.found(part.present());
+        match parts::download(self.origin, &self.file, &part, meter).await {
+            Ok(digest) => {
+                let seal =
+                    self.on_store(move |store, lease, file| part.seal(store, digest, lease, file));
+                seal.await?;
+                Ok(Tried::Here(entry(&self.file, digest)))
+            }
+            Err(PartsError::Hash(HashError::Torn { bytes })) => {
+                tracing::warn!(path = %self.file.path, bytes, "bytes of an earlier run are damaged, fetching them again");
+                Ok(Tried::Torn)
+            }
+            Err(PartsError::Hash(HashError::Mismatch(mismatch))) => {
+                self.on_store(move |_, _, _| part.discard()).await?;
+                Ok(Tried::Wrong(mismatch))
+            }
+            Err(PartsError::Hash(HashError::Store(error))) => Err(self.job.store_error(error)),
+            Err(PartsError::Hash(HashError::Closed)) => Err(self.job.stopped()),
+            Err(PartsError::Source(error)) => Err(self.job.source_error(error)),
+        }
+    }
+
+    /// Waits while somebody else works on the same bytes.
+    async fn follow(&self, watch: Watch, meter: &FileMeter<'_>) -> Result<(), FetchError> {
+        let watch = Arc::new(watch);
+        loop {
+            tokio::time::sleep(LOOK).await;
+            let look = Arc::clone(&watch);
+            let (over, bytes) = self
+                .on_store(move |_, _, _| Ok((look.over()?, look.bytes())))
+                .await?;
+            if over {
+                return Ok(());
+            }
+            meter.set(bytes.min(self.file.size));
+        }
+    }
+
+    async fn on_store<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Store, &Lease, &RemoteFile) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, FetchError> {
+        let (lease, file) = (Arc::clone(self.lease), Arc::clone(&self.file));
+        let store = &self.origin.shared.store;
+        self.job
+            .on_store(store, move |store| work(store, &lease, &file))
+            .await
+    }
+}

@@ -1,0 +1,388 @@
+//! Bringing the bytes of one file: ranges in parallel, each retried by itself, hashed as they land.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::StreamExt;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use super::pace::Pace;
+use super::progress::FileMeter;
+use super::{FetchLimits, Shared};
+use crate::blocking;
+use crate::digest::{Digest, Verifier};
+use crate::metrics::Metrics;
+use crate::model::Scheme;
+use crate::source::{RemoteFile, Source, SourceError};
+use crate::store::{HashError, Part, StoreError};
+
+/// Why the bytes of a file could not be brought.
+#[derive(Debug)]
+pub(super) enum PartsError {
+    Source(SourceError),
+    Hash(HashError),
+}
+
+impl From<SourceError> for PartsError {
+    fn from(error: SourceError) -> Self {
+        Self::Source(error)
+    }
+}
+
+impl From<StoreError> for PartsError {
+    fn from(error: StoreError) -> Self {
+        Self::Hash(HashError::Store(error))
+    }
+}
+
+/// What all ranges of one fetch share.
+#[derive(Clone)]
+pub(super) struct Origin {
+    pub(super) source: Arc<dyn Source>,
+    pub(super) scheme: Scheme,
+    pub(super) shared: Arc<Shared>,
+    pub(super) pace: Arc<Pace>,
+    pub(super) meter: Arc<super::progress::Meter>,
+}
+
+/// Stops the hasher when the download is given up, also by being dropped.
+struct CloseOnDrop<'a>(&'a Part);
+
+impl Drop for CloseOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+/// Brings what `part` is missing of `file`, and hashes all of it.
+pub(super) async fn download(
+    origin: &Origin,
+    file: &Arc<RemoteFile>,
+    part: &Arc<Part>,
+    meter: &FileMeter<'_>,
+) -> Result<Digest, PartsError> {
+    let verifier = Verifier::new(file.size, file.claims);
+    let hashed = Arc::clone(part);
+    let hashing = tokio::spawn(blocking::run(move || hashed.hash(verifier)));
+    let close = CloseOnDrop(part);
+    match fetch_ranges(origin, file, part, meter).await {
+        Err(PartsError::Source(SourceError::NoRanges { .. })) => {
+            let mut range = Ranged::new(origin, file, part, 0..file.size);
+            range.from_start = true;
+            range.fetch().await?;
+        }
+        result => result?,
+    }
+    let digest = hashing
+        .await
+        .expect("hashing neither panics nor is cancelled");
+    drop(close);
+    digest.map_err(PartsError::Hash)
+}
+
+/// Fetches all missing ranges, as many at once as there are connections.
+async fn fetch_ranges(
+    origin: &Origin,
+    file: &Arc<RemoteFile>,
+    part: &Arc<Part>,
+    meter: &FileMeter<'_>,
+) -> Result<(), PartsError> {
+    let mut ranges = split(part.missing(), origin.shared.limits.part_bytes);
+    let mut under_way = JoinSet::new();
+    let base = part.present();
+    let mut refresh = tokio::time::interval(Duration::from_millis(100));
+    // Kept across turns of the loop, so that this file keeps its place among those that wait.
+    let connection = || Arc::clone(&origin.shared.connections).acquire_owned();
+    let mut next = std::pin::pin!(connection());
+    loop {
+        tokio::select! {
+            permit = &mut next, if !ranges.is_empty() => {
+                next.set(connection());
+                let permit = permit.expect("nobody closes it");
+                let range = ranges.pop_front().expect("guarded above");
+                let ranged = Ranged::new(origin, file, part, range);
+                under_way.spawn(async move { ranged.fetch_with(permit).await });
+            }
+            Some(ended) = under_way.join_next() => {
+                ended.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))?;
+            }
+            _ = refresh.tick() => meter.set(part.present().max(base)),
+        }
+        if ranges.is_empty() && under_way.is_empty() {
+            break;
+        }
+    }
+    meter.set(part.present());
+    Ok(())
+}
+
+/// Cuts ranges into pieces of `part_bytes`, at multiples of it.
+fn split(missing: Vec<Range<u64>>, part_bytes: u64) -> VecDeque<Range<u64>> {
+    let mut pieces = VecDeque::new();
+    for range in missing {
+        let mut at = range.start;
+        while at < range.end {
+            let end = ((at / part_bytes + 1) * part_bytes).min(range.end);
+            pieces.push_back(at..end);
+            at = end;
+        }
+    }
+    pieces
+}
+
+/// One range of one file, read over one connection at a time.
+struct Ranged {
+    origin: Origin,
+    file: Arc<RemoteFile>,
+    part: Arc<Part>,
+    range: Range<u64>,
+    /// The first byte that is not on disk.
+    at: u64,
+    /// The origin serves the file only from its first byte on: what is here is read and dropped.
+    from_start: bool,
+}
+
+/// Why one connection ended before its range did.
+enum Ended {
+    Source(SourceError),
+    Cut,
+    Stalled,
+    Slow,
+    Disk(StoreError),
+}
+
+impl From<StoreError> for Ended {
+    fn from(error: StoreError) -> Self {
+        Self::Disk(error)
+    }
+}
+
+impl Ranged {
+    fn new(origin: &Origin, file: &Arc<RemoteFile>, part: &Arc<Part>, range: Range<u64>) -> Self {
+        let at = range.start;
+        let (origin, file, part) = (origin.clone(), Arc::clone(file), Arc::clone(part));
+        Self {
+            origin,
+            file,
+            part,
+            range,
+            at,
+            from_start: false,
+        }
+    }
+
+    async fn fetch_with(self, _permit: OwnedSemaphorePermit) -> Result<(), PartsError> {
+        let _open = Open::new(&self.origin.shared.metrics);
+        self.fetch().await
+    }
+
+    /// Reads the range to its end, over as many connections as that takes.
+    async fn fetch(mut self) -> Result<(), PartsError> {
+        let limits = self.origin.shared.limits;
+        let mut failures = 0;
+        while self.at < self.range.end {
+            let before = self.at;
+            let Err(ended) = self.read_on(failures).await else {
+                continue;
+            };
+            if self.at > before {
+                failures = 0;
+            }
+            failures += 1;
+            let (reason, retry_after, error) = self.explain(ended)?;
+            if failures >= limits.attempts {
+                return Err(error.into());
+            }
+            self.origin
+                .shared
+                .metrics
+                .retried(self.origin.scheme, reason);
+            let path = &self.file.path;
+            tracing::debug!(%path, offset = self.at, reason, failures, %error, "range broke off, reading on");
+            let pause = match reason {
+                "slow" | "stalled" => Duration::ZERO,
+                _ => retry_after.unwrap_or_else(|| backoff(failures)),
+            };
+            tokio::time::sleep(pause).await;
+        }
+        let (part, range) = (Arc::clone(&self.part), self.range.clone());
+        blocking::run(move || part.start_write_back(range)).await;
+        Ok(())
+    }
+
+    /// What to count, how long to wait, and the error if it goes on like that; or the error at once if
+    /// a retry is no use.
+    fn explain(
+        &self,
+        ended: Ended,
+    ) -> Result<(&'static str, Option<Duration>, SourceError), PartsError> {
+        let unavailable = |detail: String| SourceError::Unavailable {
+            what: self.file.path.to_string(),
+            detail,
+            retry_after: None,
+        };
+        Ok(match ended {
+            Ended::Disk(error) => return Err(error.into()),
+            Ended::Source(error) => match error {
+                SourceError::Unavailable { retry_after, .. } => ("unavailable", retry_after, error),
+                _ => return Err(error.into()),
+            },
+            Ended::Cut => (
+                "cut",
+                None,
+                unavailable("the connection ended early, again and again".to_owned()),
+            ),
+            Ended::Stalled => {
+                let seconds = self.origin.shared.limits.stall_timeout.as_secs();
+                (
+                    "stalled",
+                    None,
+                    unavailable(format!("nothing arrived for {seconds} s, again and again")),
+                )
+            }
+            Ended::Slow => (
+                "slow",
+                None,
+                unavailable("its connections crawl".to_owned()),
+            ),
+        })
+    }
+
+    /// Reads over one connection, and writes what arrives.
+    async fn read_on(&mut self, failures: u32) -> Result<(), Ended> {
+        let limits = self.origin.shared.limits;
+        let start = if self.from_start { 0 } else { self.at };
+        let mut skip = self.at - start;
+        let mut stream = match self
+            .origin
+            .source
+            .read(&self.file, start..self.range.end)
+            .await
+        {
+            Ok(stream) => stream,
+            Err(error) => return Err(Ended::Source(error)),
+        };
+        let mut runner = self.origin.pace.runner();
+        let mut block = Block::default();
+        let ended = loop {
+            if self.at + block.bytes == self.range.end {
+                break Ok(());
+            }
+            let Ok(next) = tokio::time::timeout(limits.stall_timeout, stream.next()).await else {
+                break Err(Ended::Stalled);
+            };
+            let mut bytes = match next {
+                Some(Ok(bytes)) => bytes,
+                Some(Err(error)) => break Err(Ended::Source(error)),
+                None => break Err(Ended::Cut),
+            };
+            self.origin.meter.fetched(bytes.len() as u64);
+            self.origin
+                .shared
+                .metrics
+                .fetched(self.origin.scheme, bytes.len() as u64);
+            // A connection that was replaced once for crawling is given its time: the path may be slow.
+            let crawls = runner.crawls(bytes.len() as u64) && failures == 0;
+            let dropped = skip.min(bytes.len() as u64);
+            skip -= dropped;
+            let left = self.range.end - self.at - block.bytes;
+            let _ = bytes.split_to(usize::try_from(dropped).expect("no longer than the bytes"));
+            bytes.truncate(usize::try_from(left).unwrap_or(usize::MAX));
+            block.push(bytes);
+            if block.bytes >= limits.block_bytes() {
+                let begun = Instant::now();
+                self.write(&mut block).await?;
+                runner.waited(begun.elapsed());
+            }
+            if crawls {
+                break Err(Ended::Slow);
+            }
+        };
+        // What arrived is kept, however the connection ended: the next one reads on from there.
+        self.write(&mut block).await?;
+        ended
+    }
+
+    async fn write(&mut self, block: &mut Block) -> Result<(), StoreError> {
+        if block.bytes == 0 {
+            return Ok(());
+        }
+        let Block { pieces, bytes } = std::mem::take(block);
+        let (part, at) = (Arc::clone(&self.part), self.at);
+        blocking::run(move || part.write(at, &pieces)).await?;
+        self.at += bytes;
+        Ok(())
+    }
+}
+
+/// Bytes that arrived and are not written yet.
+#[derive(Default)]
+struct Block {
+    pieces: Vec<Bytes>,
+    bytes: u64,
+}
+
+impl Block {
+    fn push(&mut self, bytes: Bytes) {
+        if !bytes.is_empty() {
+            self.bytes += bytes.len() as u64;
+            self.pieces.push(bytes);
+        }
+    }
+}
+
+/// A pause before the next try: up to 0.2 s, 0.4 s, … 10 s, at random so that a crowd spreads out.
+pub(super) fn backoff(failures: u32) -> Duration {
+    let most = 0.2 * f64::from(1_u32 << failures.saturating_sub(1).min(6));
+    Duration::from_secs_f64(most.min(10.0) * (0.5 + fastrand::f64() / 2.0))
+}
+
+/// Counts one range among those under way.
+struct Open(Arc<Metrics>);
+
+impl Open {
+    fn new(metrics: &Arc<Metrics>) -> Self {
+        metrics.connections.inc();
+        Self(Arc::clone(metrics))
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.connections.dec();
+    }
+}
+
+impl FetchLimits {
+    /// Bytes that a connection gathers before they are written: its share of the memory.
+    pub(super) fn block_bytes(&self) -> u64 {
+        (self.memory_bytes / self.connections as u64).clamp(64 << 10, 1 << 20)
+    }
+
+    pub(super) fn connection_permits(&self) -> Arc<Semaphore> {
+        Arc::new(Semaphore::new(self.connections))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_are_cut_at_multiples_of_a_part() {
+        assert_eq!(split(vec![3..5, 8..25], 10), [3..5, 8..10, 10..20, 20..25]);
+        assert!(split(vec![], 10).is_empty());
+    }
+
+    #[test]
+    fn pauses_grow_and_end() {
+        assert!(backoff(1) <= Duration::from_millis(200));
+        assert!(backoff(40) <= Duration::from_secs(10));
+        assert!(backoff(40) >= Duration::from_secs(5));
+    }
+}

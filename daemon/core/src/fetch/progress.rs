@@ -1,0 +1,202 @@
+//! How far a fetch is: counters that its tasks share, and the picture of them that a user sees.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::model::{ModelRef, SnapshotId};
+
+/// How often a user's picture of a fetch is renewed.
+const REFRESH: Duration = Duration::from_millis(200);
+
+/// The rate shown is that of about this many seconds past.
+const RATE_SECONDS: f64 = 3.0;
+
+/// What a fetch is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Asking the origin what the name stands for, and for the list of files.
+    Resolving,
+    /// Evicting, and setting disk space aside.
+    WaitingForRoom,
+    /// Bringing files.
+    Fetching,
+    /// Checking shards and giving the snapshot its name.
+    Publishing,
+}
+
+/// How far a fetch is.
+#[derive(Debug, Clone)]
+pub struct Progress {
+    /// The model, at its revision once that is known.
+    pub model: ModelRef,
+    /// The snapshot, once it is known.
+    pub snapshot: Option<SnapshotId>,
+    /// What it is doing.
+    pub phase: Phase,
+    /// Files of the snapshot.
+    pub files: u64,
+    /// Files that are here.
+    pub files_done: u64,
+    /// Bytes of the snapshot.
+    pub bytes: u64,
+    /// Bytes that are here.
+    pub bytes_done: u64,
+    /// Bytes that this fetch received from the origin.
+    pub bytes_fetched: u64,
+    /// Rate at which bytes get here, of the last few seconds.
+    pub bytes_per_second: f64,
+    /// Time that the rest takes at that rate.
+    pub eta: Option<Duration>,
+    /// Time since the fetch began.
+    pub elapsed: Duration,
+}
+
+/// The counters of one fetch.
+#[derive(Debug)]
+pub(super) struct Meter {
+    begun: Instant,
+    shown: watch::Sender<Progress>,
+    files_done: AtomicU64,
+    bytes_done: AtomicU64,
+    /// Bytes that were here when the fetch began: they say nothing about its rate.
+    bytes_found: AtomicU64,
+    bytes_fetched: AtomicU64,
+    rate: Mutex<(Instant, u64, f64)>,
+}
+
+impl Meter {
+    pub(super) fn new(model: ModelRef) -> Self {
+        let begun = Instant::now();
+        let (shown, _) = watch::channel(Progress {
+            model,
+            snapshot: None,
+            phase: Phase::Resolving,
+            files: 0,
+            files_done: 0,
+            bytes: 0,
+            bytes_done: 0,
+            bytes_fetched: 0,
+            bytes_per_second: 0.0,
+            eta: None,
+            elapsed: Duration::ZERO,
+        });
+        Self {
+            begun,
+            shown,
+            files_done: AtomicU64::new(0),
+            bytes_done: AtomicU64::new(0),
+            bytes_found: AtomicU64::new(0),
+            bytes_fetched: AtomicU64::new(0),
+            rate: Mutex::new((begun, 0, 0.0)),
+        }
+    }
+
+    pub(super) fn subscribe(&self) -> watch::Receiver<Progress> {
+        self.shown.subscribe()
+    }
+
+    pub(super) fn current(&self) -> Progress {
+        self.shown.borrow().clone()
+    }
+
+    pub(super) fn elapsed(&self) -> Duration {
+        self.begun.elapsed()
+    }
+
+    pub(super) fn set(&self, change: impl FnOnce(&mut Progress)) {
+        self.shown.send_modify(change);
+        self.refresh();
+    }
+
+    pub(super) fn fetched(&self, bytes: u64) {
+        self.bytes_fetched.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn bytes_fetched(&self) -> u64 {
+        self.bytes_fetched.load(Ordering::Relaxed)
+    }
+
+    /// A file is here whole.
+    pub(super) fn file_done(&self) {
+        self.files_done.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn file(&self) -> FileMeter<'_> {
+        FileMeter {
+            meter: self,
+            counted: AtomicU64::new(0),
+        }
+    }
+
+    /// Renews what users see until it is dropped.
+    pub(super) async fn keep_fresh(&self) {
+        let mut ticks = tokio::time::interval(REFRESH);
+        loop {
+            ticks.tick().await;
+            self.refresh();
+        }
+    }
+
+    fn refresh(&self) {
+        let done = self.bytes_done.load(Ordering::Relaxed);
+        let rate = self.rate(done.saturating_sub(self.bytes_found.load(Ordering::Relaxed)));
+        self.shown.send_modify(|progress| {
+            progress.files_done = self.files_done.load(Ordering::Relaxed);
+            progress.bytes_done = done;
+            progress.bytes_fetched = self.bytes_fetched();
+            progress.bytes_per_second = rate;
+            progress.elapsed = self.begun.elapsed();
+            let left = progress.bytes.saturating_sub(done) as f64;
+            let known = progress.phase == Phase::Fetching && rate > 1.0;
+            progress.eta =
+                known.then(|| Duration::try_from_secs_f64(left / rate).unwrap_or(Duration::MAX));
+        });
+    }
+
+    /// An average that forgets: about the last [`RATE_SECONDS`].
+    fn rate(&self, moved: u64) -> f64 {
+        let mut state = self.rate.lock().expect("no holder of this lock panics");
+        let (at, before, rate) = *state;
+        let seconds = at.elapsed().as_secs_f64();
+        if seconds < 0.05 {
+            return rate;
+        }
+        let now = moved.saturating_sub(before) as f64 / seconds;
+        let weight = if rate == 0.0 {
+            1.0
+        } else {
+            (seconds / RATE_SECONDS).min(1.0)
+        };
+        let average = rate + (now - rate) * weight;
+        *state = (Instant::now(), moved, average);
+        average
+    }
+}
+
+/// What one file adds to the bytes that are here; it may go down again when bytes prove wrong.
+#[derive(Debug)]
+pub(super) struct FileMeter<'a> {
+    meter: &'a Meter,
+    counted: AtomicU64,
+}
+
+impl FileMeter<'_> {
+    pub(super) fn set(&self, bytes: u64) {
+        let before = self.counted.swap(bytes, Ordering::Relaxed);
+        // Wrapping: the difference may be negative, the sum never is.
+        self.meter
+            .bytes_done
+            .fetch_add(bytes.wrapping_sub(before), Ordering::Relaxed);
+    }
+
+    /// Like [`FileMeter::set`], for bytes that were here before this fetch.
+    pub(super) fn found(&self, bytes: u64) {
+        let more = bytes.saturating_sub(self.counted.load(Ordering::Relaxed));
+        self.meter.bytes_found.fetch_add(more, Ordering::Relaxed);
+        self.set(bytes);
+    }
+}

@@ -1,0 +1,279 @@
+//! Everything that is counted, in one place. Names follow the Prometheus conventions.
+
+use std::sync::Mutex;
+use std::time::Duration;
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::Registry;
+
+use crate::model::Scheme;
+use crate::store::Usage;
+
+/// One metric, as the README describes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Description {
+    /// Its name as it is scraped.
+    pub name: &'static str,
+    /// `counter`, `gauge` or `histogram`.
+    pub kind: &'static str,
+    /// The labels, each with all its values.
+    pub labels: &'static str,
+    /// What it says.
+    pub meaning: &'static str,
+}
+
+macro_rules! describe {
+    ($($name:literal $kind:literal $labels:literal $meaning:literal;)*) => {
+        /// Every metric, in the order of the README's table.
+        pub const DESCRIPTIONS: &[Description] = &[$(Description {
+            name: $name, kind: $kind, labels: $labels, meaning: $meaning,
+        }),*];
+    };
+}
+
+describe! {
+    "weightd_fetch_bytes_total" "counter" "source: hf, s3, file" "Bytes received from origins";
+    "weightd_reused_bytes_total" "counter" "source: hf, s3, file" "Bytes that a fetch found in the store";
+    "weightd_fetch_seconds" "histogram" "source: hf, s3, file; outcome: ok, failed, stopped" "Time from request to published snapshot";
+    "weightd_fetches_active" "gauge" "" "Fetches under way";
+    "weightd_fetch_connections" "gauge" "" "Ranged reads under way";
+    "weightd_fetch_retries_total" "counter" "source: hf, s3, file; reason: unavailable, cut, stalled, slow" "Ranged reads that were begun again";
+    "weightd_digest_mismatches_total" "counter" "source: hf, s3, file" "Files whose bytes were not what the origin claims";
+    "weightd_store_bytes" "gauge" "tier: local; held: pinned, unpinned, partial" "Bytes in the store";
+    "weightd_store_free_bytes" "gauge" "tier: local" "Bytes free on the store's file system";
+    "weightd_store_snapshots" "gauge" "tier: local" "Published snapshots";
+    "weightd_evicted_bytes_total" "counter" "tier: local" "Bytes evicted to make room";
+    "weightd_evicted_snapshots_total" "counter" "tier: local" "Snapshots evicted to make room";
+    "weightd_verified_bytes_total" "counter" "tier: local" "Bytes hashed again by scrub and verify";
+    "weightd_damaged_blobs_total" "counter" "tier: local" "Blobs found damaged and set aside";
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct FromSource {
+    source: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Ended {
+    source: &'static str,
+    outcome: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Retried {
+    source: &'static str,
+    reason: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfTier {
+    tier: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct HeldInTier {
+    tier: &'static str,
+    held: &'static str,
+}
+
+const LOCAL: OfTier = OfTier { tier: "local" };
+
+/// The counters of one process.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Mutex<Registry>,
+    fetch_bytes: Family<FromSource, Counter>,
+    reused_bytes: Family<FromSource, Counter>,
+    fetch_seconds: Family<Ended, Histogram>,
+    pub(crate) fetches_active: Gauge,
+    pub(crate) connections: Gauge,
+    retries: Family<Retried, Counter>,
+    mismatches: Family<FromSource, Counter>,
+    store_bytes: Family<HeldInTier, Gauge>,
+    store_free: Family<OfTier, Gauge>,
+    store_snapshots: Family<OfTier, Gauge>,
+    evicted_bytes: Family<OfTier, Counter>,
+    evicted_snapshots: Family<OfTier, Counter>,
+    verified_bytes: Family<OfTier, Counter>,
+    damaged_blobs: Family<OfTier, Counter>,
+}
+
+/// From a cached model, which takes milliseconds, to a cold one over a slow link: 10 ms to 2.9 h.
+fn seconds_buckets() -> Histogram {
+    Histogram::new((0..20).map(|power| 0.01 * f64::from(1 << power)))
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let metrics = Self {
+            registry: Mutex::new(Registry::default()),
+            fetch_bytes: Family::default(),
+            reused_bytes: Family::default(),
+            fetch_seconds: Family::new_with_constructor(seconds_buckets),
+            fetches_active: Gauge::default(),
+            connections: Gauge::default(),
+            retries: Family::default(),
+            mismatches: Family::default(),
+            store_bytes: Family::default(),
+            store_free: Family::default(),
+            store_snapshots: Family::default(),
+            evicted_bytes: Family::default(),
+            evicted_snapshots: Family::default(),
+            verified_bytes: Family::default(),
+            damaged_blobs: Family::default(),
+        };
+        metrics.register();
+        metrics
+    }
+}
+
+fn add(registry: &mut Registry, name: &str, metric: impl prometheus_client::registry::Metric) {
+    let description = DESCRIPTIONS
+        .iter()
+        .find(|description| description.name == name);
+    let meaning = description
+        .expect("DESCRIPTIONS holds every metric")
+        .meaning;
+    // The encoder adds the ending of counters itself.
+    registry.register(name.trim_end_matches("_total"), meaning, metric);
+}
+
+impl Metrics {
+    fn register(&self) {
+        let mut registry = self.registry.lock().expect("no holder of this lock panics");
+        macro_rules! add {
+            ($($name:literal $field:ident;)*) => {$( add(&mut registry, $name, self.$field.clone()); )*};
+        }
+        add! {
+            "weightd_fetch_bytes_total" fetch_bytes;
+            "weightd_reused_bytes_total" reused_bytes;
+            "weightd_fetch_seconds" fetch_seconds;
+            "weightd_fetches_active" fetches_active;
+            "weightd_fetch_connections" connections;
+            "weightd_fetch_retries_total" retries;
+            "weightd_digest_mismatches_total" mismatches;
+            "weightd_store_bytes" store_bytes;
+            "weightd_store_free_bytes" store_free;
+            "weightd_store_snapshots" store_snapshots;
+            "weightd_evicted_bytes_total" evicted_bytes;
+            "weightd_evicted_snapshots_total" evicted_snapshots;
+            "weightd_verified_bytes_total" verified_bytes;
+            "weightd_damaged_blobs_total" damaged_blobs;
+        }
+    }
+
+    /// All metrics in the OpenMetrics text format.
+    #[must_use]
+    pub fn encode(&self) -> String {
+        let mut text = String::new();
+        let registry = self.registry.lock().expect("no holder of this lock panics");
+        prometheus_client::encoding::text::encode(&mut text, &registry)
+            .expect("a String takes all");
+        text
+    }
+
+    pub(crate) fn fetched(&self, source: Scheme, bytes: u64) {
+        self.fetch_bytes
+            .get_or_create(&FromSource {
+                source: source.as_str(),
+            })
+            .inc_by(bytes);
+    }
+
+    pub(crate) fn reused(&self, source: Scheme, bytes: u64) {
+        self.reused_bytes
+            .get_or_create(&FromSource {
+                source: source.as_str(),
+            })
+            .inc_by(bytes);
+    }
+
+    pub(crate) fn fetch_ended(&self, source: Scheme, outcome: &'static str, took: Duration) {
+        let labels = Ended {
+            source: source.as_str(),
+            outcome,
+        };
+        self.fetch_seconds
+            .get_or_create(&labels)
+            .observe(took.as_secs_f64());
+    }
+
+    pub(crate) fn retried(&self, source: Scheme, reason: &'static str) {
+        self.retries
+            .get_or_create(&Retried {
+                source: source.as_str(),
+                reason,
+            })
+            .inc();
+    }
+
+    pub(crate) fn mismatched(&self, source: Scheme) {
+        self.mismatches
+            .get_or_create(&FromSource {
+                source: source.as_str(),
+            })
+            .inc();
+    }
+
+    pub(crate) fn evicted(&self, snapshots: u64, bytes: u64) {
+        self.evicted_snapshots
+            .get_or_create(&LOCAL)
+            .inc_by(snapshots);
+        self.evicted_bytes.get_or_create(&LOCAL).inc_by(bytes);
+    }
+
+    /// Counts a scrub or a verification.
+    pub fn verified(&self, bytes: u64, damaged: u64) {
+        self.verified_bytes.get_or_create(&LOCAL).inc_by(bytes);
+        self.damaged_blobs.get_or_create(&LOCAL).inc_by(damaged);
+    }
+
+    /// Shows what the local store holds.
+    pub fn observe_store(&self, usage: &Usage) {
+        let set = |held, bytes: u64| {
+            let gauge = self.store_bytes.get_or_create(&HeldInTier {
+                tier: "local",
+                held,
+            });
+            gauge.set(i64::try_from(bytes).unwrap_or(i64::MAX));
+        };
+        set("pinned", usage.pinned);
+        set("unpinned", usage.store.saturating_sub(usage.pinned));
+        set("partial", usage.partial);
+        let number = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+        self.store_free
+            .get_or_create(&LOCAL)
+            .set(number(usage.free));
+        self.store_snapshots
+            .get_or_create(&LOCAL)
+            .set(number(usage.snapshots));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_described_metric_is_scraped() {
+        let metrics = Metrics::default();
+        metrics.fetched(Scheme::Hf, 5);
+        metrics.fetch_ended(Scheme::Hf, "ok", Duration::from_secs(1));
+        let text = metrics.encode();
+        for description in DESCRIPTIONS {
+            let name = description.name.trim_end_matches("_total");
+            assert!(
+                text.contains(&format!("# TYPE {name} {}", description.kind)),
+                "{name} in {text}"
+            );
+        }
+        assert!(
+            text.contains("weightd_fetch_bytes_total{source=\"hf\"} 5"),
+            "{text}"
+        );
+    }
+}
