@@ -127,6 +127,7 @@ impl Default for Metrics {
             damaged_blobs: Family::default(),
         };
         metrics.register();
+        metrics.start_at_zero();
         metrics
     }
 }
@@ -164,6 +165,31 @@ impl Metrics {
             "weightd_verified_bytes_total" verified_bytes;
             "weightd_damaged_blobs_total" damaged_blobs;
         }
+    }
+
+    /// A counter that is there from the start lets a rate see its first step.
+    fn start_at_zero(&self) {
+        for source in [Scheme::Hf, Scheme::S3, Scheme::File] {
+            self.fetched(source, 0);
+            self.reused(source, 0);
+            let _ = self.mismatches.get_or_create(&FromSource {
+                source: source.as_str(),
+            });
+            for reason in ["unavailable", "cut", "stalled", "slow"] {
+                let _ = self.retries.get_or_create(&Retried {
+                    source: source.as_str(),
+                    reason,
+                });
+            }
+            for outcome in ["ok", "failed", "stopped"] {
+                let _ = self.fetch_seconds.get_or_create(&Ended {
+                    source: source.as_str(),
+                    outcome,
+                });
+            }
+        }
+        self.evicted(0, 0);
+        self.verified(0, 0);
     }
 
     /// All metrics in the OpenMetrics text format.
@@ -262,7 +288,17 @@ mod tests {
     fn every_described_metric_is_scraped() {
         let metrics = Metrics::default();
         metrics.fetched(Scheme::Hf, 5);
-        metrics.fetch_ended(Scheme::Hf, "ok", Duration::from_secs(1));
+        metrics.observe_store(&Usage {
+            capacity: 9,
+            free: 4,
+            store: 3,
+            pinned: 1,
+            partial: 1,
+            high: 8,
+            low: 7,
+            snapshots: 1,
+            max: None,
+        });
         let text = metrics.encode();
         for description in DESCRIPTIONS {
             let name = description.name.trim_end_matches("_total");

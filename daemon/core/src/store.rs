@@ -50,6 +50,8 @@ mod evict;
 mod pin;
 mod record;
 mod snapshot;
+#[cfg(test)]
+mod tests;
 mod verify;
 
 pub use blob::{Claim, Claimed, HashError, Part, StageKey, Watch};

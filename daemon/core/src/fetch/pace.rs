@@ -120,7 +120,8 @@ mod tests {
             replaced.iter().all(|(_, number)| *number == 2),
             "{replaced:?}"
         );
-        assert_eq!(replaced.first(), Some(&(5, 2)));
+        // In the first window it had too few neighbours to compare with.
+        assert_eq!(replaced.first(), Some(&(7, 2)));
     }
 
     #[tokio::test(start_paused = true)]

@@ -550,6 +550,10 @@ fn write_all_at(file: &File, mut offset: u64, block: &[Bytes]) -> io::Result<()>
         let mut slices = &mut slices[..];
         while !slices.is_empty() {
             let at = i64::try_from(offset).map_err(|_| io::ErrorKind::FileTooLarge)?;
+            if slices[0].is_empty() {
+                slices = &mut slices[1..];
+                continue;
+            }
             let written = match nix::sys::uio::pwritev(file.as_fd(), slices, at) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(written) => written,

@@ -1,0 +1,495 @@
+//! The rules of the store, each as a promise.
+
+use std::fs;
+use std::ops::ControlFlow;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use super::*;
+use crate::digest::{Claims, Verifier};
+use crate::manifest::{FileEntry, Manifest};
+use crate::model::{ModelRef, Patterns, RelPath, Revision, SnapshotId};
+use crate::source::RemoteFile;
+
+fn store() -> (tempfile::TempDir, Arc<Store>) {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(&dir.path().join("store"), StoreLimits::default()).unwrap();
+    (dir, store)
+}
+
+fn remote(path: &str, bytes: &[u8]) -> RemoteFile {
+    RemoteFile {
+        path: RelPath::new(path).unwrap(),
+        size: bytes.len() as u64,
+        claims: Claims {
+            sha256: Some(Digest::of(bytes)),
+            ..Claims::default()
+        },
+        identity: None,
+        xet_hash: None,
+    }
+}
+
+fn mine(store: &Store, file: &RemoteFile) -> Arc<Part> {
+    match store.claim(&StageKey::of(file)).unwrap() {
+        Claimed::Mine(claim) => claim.stage(store, file.size).unwrap(),
+        Claimed::Theirs(_) => panic!("somebody else has it"),
+    }
+}
+
+fn seal(store: &Arc<Store>, lease: &Lease, path: &str, bytes: &[u8]) -> FileEntry {
+    let file = remote(path, bytes);
+    if !lease.add(Digest::of(bytes), &file.path).unwrap() {
+        let part = mine(store, &file);
+        part.write(0, &[Bytes::copy_from_slice(bytes)]).unwrap();
+        let digest = part.hash(Verifier::new(file.size, file.claims)).unwrap();
+        part.seal(store, digest, lease, &file).unwrap();
+    }
+    FileEntry {
+        path: file.path,
+        size: file.size,
+        sha256: Digest::of(bytes),
+        git_oid: None,
+        xet_hash: None,
+    }
+}
+
+fn publish(store: &Arc<Store>, name: &str, files: &[(&str, &[u8])]) -> SnapshotId {
+    let model: ModelRef = format!("hf://org/{name}").parse().unwrap();
+    let revision = Revision::new(&Digest::of(name.as_bytes()).to_string()[..40]).unwrap();
+    let snapshot = SnapshotId::new(&model, &revision, &Patterns::default());
+    let lease = store.lease().unwrap();
+    let files = files
+        .iter()
+        .map(|(path, bytes)| seal(store, &lease, path, bytes))
+        .collect();
+    let manifest = Manifest {
+        format: Manifest::FORMAT,
+        snapshot: snapshot.clone(),
+        model: model.at(&revision),
+        patterns: Patterns::default(),
+        published_at: 0,
+        files,
+    };
+    drop(lease.publish(&manifest).unwrap());
+    store.touch(&model, &revision, &snapshot).unwrap();
+    snapshot
+}
+
+/// Makes a snapshot look as if it was last used `seconds` after 1970.
+fn used_at(store: &Store, id: &SnapshotId, seconds: u64) {
+    let manifest = File::open(store.snapshot_dir(id).join("manifest.json")).unwrap();
+    manifest
+        .set_modified(std::time::UNIX_EPOCH + Duration::from_secs(seconds))
+        .unwrap();
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let mut names: Vec<String> = entries(dir)
+        .unwrap()
+        .iter()
+        .map(|entry| entry.file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn wrong_bytes_never_get_a_name() {
+    let (_dir, store) = store();
+    let part = mine(&store, &remote("a", b"right"));
+    part.write(0, &[Bytes::from_static(b"wrong")]).unwrap();
+
+    let claims = remote("a", b"right").claims;
+    let error = part
+        .hash(Verifier::new(5, claims))
+        .expect_err("hashed wrong bytes");
+
+    assert!(matches!(error, HashError::Mismatch(_)), "{error}");
+    part.discard().unwrap();
+    assert!(!store.has(Digest::of(b"wrong")) && !store.has(Digest::of(b"right")));
+    assert!(names(&store.staging()).is_empty());
+}
+
+#[test]
+fn a_published_tree_holds_plain_read_only_files() {
+    let (_dir, store) = store();
+    let id = publish(
+        &store,
+        "m",
+        &[
+            ("config.json", b"{}"),
+            ("sub/a.bin", b"abc"),
+            ("empty", b""),
+        ],
+    );
+
+    let snapshot = store.snapshot(&id).unwrap().unwrap();
+    for (path, bytes) in [
+        ("config.json", &b"{}"[..]),
+        ("sub/a.bin", b"abc"),
+        ("empty", b""),
+    ] {
+        let metadata = fs::symlink_metadata(snapshot.path.join(path)).unwrap();
+        assert!(metadata.is_file());
+        assert_eq!(metadata.permissions().mode() & 0o7777, 0o444);
+        assert_eq!(fs::read(snapshot.path.join(path)).unwrap(), bytes);
+    }
+    assert!(
+        names(&store.staging()).is_empty(),
+        "{:?}",
+        names(&store.staging())
+    );
+}
+
+#[test]
+fn a_file_of_two_models_is_one_inode() {
+    let (_dir, store) = store();
+    let one = publish(&store, "one", &[("a", b"same"), ("b", b"1")]);
+    let two = publish(&store, "two", &[("x/y", b"same"), ("b", b"2")]);
+    let inode = |id: &SnapshotId, path: &str| {
+        fs::metadata(store.snapshot(id).unwrap().unwrap().path.join(path))
+            .unwrap()
+            .ino()
+    };
+    assert_eq!(inode(&one, "a"), inode(&two, "x/y"));
+    assert_eq!(store.usage().unwrap().store, 4 + 1 + 1);
+}
+
+#[test]
+fn a_new_process_goes_on_from_the_journal() {
+    let (_dir, store) = store();
+    let bytes: Vec<u8> = (0..100_000_u32).flat_map(u32::to_le_bytes).collect();
+    let file = remote("a", &bytes);
+    let part = mine(&store, &file);
+    part.write(0, &[Bytes::copy_from_slice(&bytes[..1000])])
+        .unwrap();
+    part.write(5000, &[Bytes::copy_from_slice(&bytes[5000..300_000])])
+        .unwrap();
+    drop(part);
+
+    let part = mine(&store, &file);
+
+    assert_eq!(part.missing(), [1000..5000, 300_000..400_000]);
+    part.write(1000, &[Bytes::copy_from_slice(&bytes[1000..5000])])
+        .unwrap();
+    part.write(300_000, &[Bytes::copy_from_slice(&bytes[300_000..])])
+        .unwrap();
+    assert_eq!(
+        part.hash(Verifier::new(400_000, file.claims)).unwrap(),
+        Digest::of(&bytes)
+    );
+}
+
+#[test]
+fn bytes_that_a_power_loss_took_are_fetched_again() {
+    let (_dir, store) = store();
+    let file = RemoteFile {
+        claims: Claims::default(),
+        identity: Some("s3:x".into()),
+        ..remote("a", b"0123456789")
+    };
+    let part = mine(&store, &file);
+    part.write(0, &[Bytes::from_static(b"01234")]).unwrap();
+    part.write(5, &[Bytes::from_static(b"56789")]).unwrap();
+    drop(part);
+    // The journal reached the disk, the second block did not. No claim would notice.
+    let path = store
+        .staging()
+        .join(format!("{}.part", StageKey::of(&file)));
+    let mut disk = fs::read(&path).unwrap();
+    disk[5..].fill(0);
+    fs::write(&path, disk).unwrap();
+
+    let part = mine(&store, &file);
+    let error = part
+        .hash(Verifier::new(10, file.claims))
+        .expect_err("believed the journal");
+
+    assert!(matches!(error, HashError::Torn { bytes: 5 }), "{error}");
+    drop(part);
+    assert_eq!(mine(&store, &file).missing(), vec![5..10; 1]);
+}
+
+#[test]
+fn the_hasher_follows_the_writers() {
+    let (_dir, store) = store();
+    let bytes: Vec<u8> = (0..3 << 20).map(|n: u32| (n % 251) as u8).collect();
+    let file = remote("a", &bytes);
+    let part = mine(&store, &file);
+    let hashing = std::thread::spawn({
+        let part = Arc::clone(&part);
+        move || part.hash(Verifier::new(part.size(), file.claims)).unwrap()
+    });
+    for (at, block) in bytes.chunks(1 << 20).enumerate().rev() {
+        part.write((at as u64) << 20, &[Bytes::copy_from_slice(block)])
+            .unwrap();
+    }
+    assert_eq!(hashing.join().unwrap(), Digest::of(&bytes));
+}
+
+#[test]
+fn work_on_the_same_bytes_is_claimed_once() {
+    let (_dir, store) = store();
+    let file = remote("a", b"0123456789");
+    let other = Store::open(store.root(), StoreLimits::default()).unwrap();
+    let part = mine(&store, &file);
+    part.write(0, &[Bytes::from_static(b"0123")]).unwrap();
+
+    let Claimed::Theirs(watch) = other.claim(&StageKey::of(&file)).unwrap() else {
+        panic!("two claims on the same bytes");
+    };
+    assert_eq!((watch.bytes(), watch.over().unwrap()), (4, false));
+    drop(part);
+    assert!(watch.over().unwrap());
+    assert_eq!(mine(&other, &file).present(), 4);
+}
+
+#[test]
+fn a_lease_keeps_its_blobs_from_another_process() {
+    let (_dir, store) = store();
+    let other = Store::open(store.root(), StoreLimits::default()).unwrap();
+    let lease = store.lease().unwrap();
+    seal(&store, &lease, "a", b"leased");
+
+    assert_eq!(other.collect(Partial::All).unwrap().blobs, 0);
+    assert!(store.has(Digest::of(b"leased")));
+    drop(lease);
+    assert_eq!(other.collect(Partial::All).unwrap().blobs, 1);
+    assert!(!store.has(Digest::of(b"leased")));
+}
+
+#[test]
+fn a_dead_process_leaves_nothing_that_collect_does_not_find() {
+    let (_dir, store) = store();
+    let lease = store.lease().unwrap();
+    seal(&store, &lease, "a", b"sealed");
+    drop(mine(&store, &remote("b", b"partial")));
+    let room = store.reserve(1 << 20).unwrap();
+    // As after kill -9: the locks are gone, no destructor ran.
+    let left = [lease.tree().parent().unwrap().to_owned()];
+    let kept = tempfile::tempdir_in(store.root()).unwrap();
+    fs::rename(&left[0], kept.path().join("tree")).unwrap();
+    drop((lease, room));
+    fs::rename(kept.path().join("tree"), &left[0]).unwrap();
+    fs::write(store.staging().join("x.room"), [0; 10]).unwrap();
+
+    let collected = store.collect(Partial::All).unwrap();
+
+    assert_eq!(
+        (collected.trees, collected.partial, collected.blobs),
+        (1, 1, 1)
+    );
+    assert!(
+        names(&store.staging()).is_empty(),
+        "{:?}",
+        names(&store.staging())
+    );
+}
+
+#[test]
+fn the_least_recently_used_goes_first_and_pins_stay() {
+    let (_dir, store) = store();
+    let limits = StoreLimits {
+        max_bytes: Some(10_000),
+        ..StoreLimits::default()
+    };
+    let store = Store::open(store.root(), limits).unwrap();
+    let ids: Vec<SnapshotId> = (0..3_u8)
+        .map(|n| {
+            let bytes = vec![n; 3000];
+            let id = publish(&store, &format!("m{n}"), &[("a", &bytes)]);
+            used_at(&store, &id, 1000 + u64::from(n));
+            id
+        })
+        .collect();
+    store
+        .pin(&ids[0], &Holder::operator("keep").unwrap())
+        .unwrap();
+
+    let room = store.reserve(3000).unwrap();
+
+    assert_eq!(room.evicted, [ids[1].clone()]);
+    assert!(store.snapshot(&ids[0]).unwrap().is_some());
+    assert!(!store.has(Digest::of(&[1; 3000])));
+    let error = store.reserve(9000).expect_err("evicted a pinned snapshot");
+    assert!(matches!(error, StoreError::NoSpace { .. }), "{error}");
+    assert!(
+        store.snapshot(&ids[2]).unwrap().is_some(),
+        "evicted although it was no use"
+    );
+}
+
+#[test]
+fn a_leased_snapshot_is_not_evicted() {
+    let (_dir, store) = store();
+    let id = publish(&store, "m", &[("a", b"abc")]);
+    let lease = store.lease_snapshot(&id).unwrap().unwrap();
+    assert!(matches!(store.remove(&id), Err(StoreError::Held { .. })));
+    drop(lease);
+    assert_eq!(store.remove(&id).unwrap(), 3);
+    assert!(store.snapshot(&id).unwrap().is_none());
+    assert!(matches!(store.remove(&id), Err(StoreError::Missing(_))));
+}
+
+#[test]
+fn pins_name_their_holder_and_go_with_it() {
+    let (_dir, store) = store();
+    let id = publish(&store, "m", &[("a", b"abc")]);
+    let holder: Holder = "csi/volume-1".parse().unwrap();
+    store.pin(&id, &holder).unwrap();
+    store.pin(&id, &holder).unwrap();
+    assert_eq!(
+        store.snapshot(&id).unwrap().unwrap().pinned_by,
+        [holder.clone()]
+    );
+    let error = store
+        .remove(&id)
+        .expect_err("removed a pinned snapshot")
+        .to_string();
+    assert!(error.contains("csi/volume-1"), "{error}");
+    assert_eq!(store.release(&holder).unwrap(), 1);
+    assert_eq!(store.release(&holder).unwrap(), 0);
+    store.remove(&id).unwrap();
+    assert!(matches!(
+        store.pin(&id, &holder),
+        Err(StoreError::Missing(_))
+    ));
+    for bad in ["csi/..", "csi/", "other/x", "csi/a/b", "csi", "operator/.x"] {
+        assert!(bad.parse::<Holder>().is_err(), "{bad}");
+    }
+}
+
+#[test]
+fn a_damaged_blob_is_set_aside_and_comes_back_in_place() {
+    let (_dir, store) = store();
+    let files: [(&str, &[u8]); 2] = [("a", b"good bytes"), ("b", b"more bytes")];
+    let id = publish(&store, "m", &files);
+    let tree = store.snapshot(&id).unwrap().unwrap().path;
+    let mapped = File::open(tree.join("a")).unwrap();
+    let mounted = fs::metadata(&tree).unwrap().ino();
+    fs::set_permissions(tree.join("a"), fs::Permissions::from_mode(0o644)).unwrap();
+    fs::write(tree.join("a"), b"gooD bytes").unwrap();
+
+    let verified = store
+        .verify(None, &mut |_| ControlFlow::Continue(()))
+        .unwrap();
+
+    assert_eq!((verified.checked, verified.bytes), (2, 20));
+    let damaged = &verified.damaged[0];
+    assert_eq!(damaged.sha256, Digest::of(b"good bytes"));
+    assert_eq!(damaged.got, Some(Digest::of(b"gooD bytes")));
+    assert_eq!(damaged.snapshots, [id.clone()]);
+    assert_eq!(
+        fs::read(damaged.set_aside.as_ref().unwrap()).unwrap(),
+        b"gooD bytes"
+    );
+    assert!(store.snapshot(&id).unwrap().is_none(), "still served");
+    assert!(!tree.join("a").exists(), "wrong bytes can still be opened");
+    assert_eq!(
+        mapped.metadata().unwrap().len(),
+        10,
+        "a reader lost its file"
+    );
+
+    assert_eq!(publish(&store, "m", &files), id);
+    assert_eq!(fs::read(tree.join("a")).unwrap(), b"good bytes");
+    assert_eq!(
+        fs::metadata(&tree).unwrap().ino(),
+        mounted,
+        "the mounted directory was replaced"
+    );
+    assert!(
+        store
+            .verify(Some(&id), &mut |_| ControlFlow::Continue(()))
+            .unwrap()
+            .damaged
+            .is_empty()
+    );
+}
+
+#[test]
+fn a_name_finds_the_snapshot_it_stood_for() {
+    let (_dir, store) = store();
+    let id = publish(&store, "m", &[("a", b"abc")]);
+    let find = |text: &str| {
+        let found = store
+            .find(&text.parse().unwrap(), &Patterns::default())
+            .unwrap();
+        found.map(|snapshot| snapshot.manifest.snapshot)
+    };
+    let revision = &Digest::of(b"m").to_string()[..40];
+    assert_eq!(find("hf://org/m"), Some(id.clone()));
+    assert_eq!(find("hf://org/m@main"), Some(id.clone()));
+    assert_eq!(find(&format!("hf://org/m@{revision}")), Some(id.clone()));
+    assert_eq!(find("hf://org/m@dev"), None);
+    assert_eq!(find("hf://org/other"), None);
+    store.remove(&id).unwrap();
+    assert_eq!(find("hf://org/m"), None);
+}
+
+#[test]
+fn a_directory_that_is_no_store_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("thesis.tex"), "x").unwrap();
+    let open = |path: &Path| Store::open(path, StoreLimits::default());
+    assert!(matches!(
+        open(dir.path()),
+        Err(StoreError::NotAStore { .. })
+    ));
+    assert_eq!(
+        names(dir.path()),
+        ["thesis.tex"],
+        "the directory was changed"
+    );
+
+    let newer = dir.path().join("newer");
+    fs::create_dir(&newer).unwrap();
+    fs::write(newer.join("FORMAT"), "weightd store 2\n").unwrap();
+    let error = open(&newer).expect_err("opened a newer format");
+    assert!(
+        error
+            .to_string()
+            .contains("has format 2, this version reads format 1"),
+        "{error}"
+    );
+    fs::write(newer.join("FORMAT"), "something else\n").unwrap();
+    assert!(matches!(open(&newer), Err(StoreError::NotAStore { .. })));
+}
+
+#[test]
+fn what_does_not_fit_is_refused_before_its_first_byte() {
+    let (_dir, store) = store();
+    let error = store.reserve(1 << 60).expect_err("reserved an exbibyte");
+    assert!(matches!(error, StoreError::NoSpace { .. }), "{error}");
+    assert!(error.hint().is_some());
+    assert!(
+        names(&store.staging()).is_empty(),
+        "{:?}",
+        names(&store.staging())
+    );
+}
+
+#[test]
+fn every_error_with_a_remedy_says_it() {
+    let path = PathBuf::from("x");
+    let source = || io::Error::from(io::ErrorKind::ReadOnlyFilesystem);
+    for error in [
+        StoreError::ReadOnly {
+            op: "write",
+            path: path.clone(),
+            source: source(),
+        },
+        StoreError::NoHardLinks {
+            path: path.clone(),
+            source: source(),
+        },
+        StoreError::NotAStore { path },
+    ] {
+        assert!(error.hint().is_some_and(|hint| !hint.is_empty()), "{error}");
+    }
+}
