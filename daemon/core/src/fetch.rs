@@ -27,6 +27,8 @@ mod pace;
 mod parts;
 mod plan;
 mod progress;
+#[cfg(test)]
+mod tests;
 
 pub use check::CheckError;
 pub use plan::{Plan, PlannedFile};

@@ -345,7 +345,7 @@ fn pins_name_their_holder_and_go_with_it() {
     store.pin(&id, &holder).unwrap();
     assert_eq!(
         store.snapshot(&id).unwrap().unwrap().pinned_by,
-        [holder.clone()]
+        std::slice::from_ref(&holder)
     );
     let error = store
         .remove(&id)
@@ -383,7 +383,7 @@ fn a_damaged_blob_is_set_aside_and_comes_back_in_place() {
     let damaged = &verified.damaged[0];
     assert_eq!(damaged.sha256, Digest::of(b"good bytes"));
     assert_eq!(damaged.got, Some(Digest::of(b"gooD bytes")));
-    assert_eq!(damaged.snapshots, [id.clone()]);
+    assert_eq!(damaged.snapshots, std::slice::from_ref(&id));
     assert_eq!(
         fs::read(damaged.set_aside.as_ref().unwrap()).unwrap(),
         b"gooD bytes"

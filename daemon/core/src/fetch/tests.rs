@@ -1,0 +1,425 @@
+//! The fetcher against an origin in memory that misbehaves on order.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use futures::{FutureExt, StreamExt, stream};
+
+use super::*;
+use crate::digest::{Claims, Digest};
+use crate::model::{Patterns, Revision};
+use crate::source::{ByteStream, Listing, RemoteFile, Source, select};
+use crate::store::StoreLimits;
+
+/// What goes wrong with one read.
+#[derive(Debug, Clone, Copy)]
+enum Fault {
+    Cut(usize),
+    Stall(usize),
+    Flip,
+    Busy,
+    NoRanges,
+    Denied,
+}
+
+/// A model in memory.
+#[derive(Default)]
+struct Origin {
+    files: BTreeMap<String, Vec<u8>>,
+    /// Taken one by one, by the reads of files named `*.bin`.
+    faults: Mutex<Vec<Fault>>,
+    reads: Mutex<Vec<(String, Range<u64>)>>,
+    sent: AtomicUsize,
+    claim: bool,
+}
+
+impl Origin {
+    fn new(files: &[(&str, Vec<u8>)]) -> Arc<Self> {
+        let files = files
+            .iter()
+            .map(|(path, bytes)| ((*path).to_owned(), bytes.clone()))
+            .collect();
+        Arc::new(Self {
+            files,
+            claim: true,
+            ..Self::default()
+        })
+    }
+
+    fn failing(faults: &[Fault]) -> Arc<Self> {
+        let files = BTreeMap::from([("a.bin".to_owned(), content(100_000))]);
+        Arc::new(Self {
+            files,
+            claim: true,
+            faults: Mutex::new(faults.to_vec()),
+            ..Self::default()
+        })
+    }
+}
+
+struct OriginSource(Arc<Origin>, ModelRef);
+
+impl Source for OriginSource {
+    fn resolve(&self) -> BoxFuture<'_, Result<Revision, SourceError>> {
+        async { Ok(Revision::of_listing(self.0.files.keys().cloned())) }.boxed()
+    }
+
+    fn list<'a>(
+        &'a self,
+        _revision: &'a Revision,
+        patterns: &'a Patterns,
+    ) -> BoxFuture<'a, Result<Listing, SourceError>> {
+        async move {
+            let all = self
+                .0
+                .files
+                .iter()
+                .map(|(path, bytes)| (path.clone(), bytes.len() as u64, bytes));
+            let (chosen, left_out) = select(&self.1, all.collect(), patterns)?;
+            let file = |(path, size, bytes): (RelPath, u64, &Vec<u8>)| RemoteFile {
+                identity: (!self.0.claim).then(|| format!("memory:{path}")),
+                claims: Claims {
+                    sha256: self.0.claim.then(|| Digest::of(bytes)),
+                    ..Claims::default()
+                },
+                path,
+                size,
+                xet_hash: None,
+            };
+            Ok(Listing {
+                files: chosen.into_iter().map(file).collect(),
+                left_out,
+            })
+        }
+        .boxed()
+    }
+
+    fn read<'a>(
+        &'a self,
+        file: &'a RemoteFile,
+        range: Range<u64>,
+    ) -> BoxFuture<'a, Result<ByteStream, SourceError>> {
+        let what = file.path.to_string();
+        self.0
+            .reads
+            .lock()
+            .unwrap()
+            .push((what.clone(), range.clone()));
+        let all = &self.0.files[file.path.as_str()];
+        let mut bytes = all
+            [usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap()]
+            .to_vec();
+        let fault = if what.ends_with(".bin") {
+            self.0.faults.lock().unwrap().pop()
+        } else {
+            None
+        };
+        let mut stalls = false;
+        match fault {
+            Some(Fault::Cut(after)) => bytes.truncate(after),
+            Some(Fault::Stall(after)) => {
+                bytes.truncate(after);
+                stalls = true;
+            }
+            Some(Fault::Flip) => bytes[0] ^= 1,
+            Some(Fault::Busy) => {
+                let error = SourceError::Unavailable {
+                    what,
+                    detail: "busy".into(),
+                    retry_after: Some(Duration::ZERO),
+                };
+                return async { Err(error) }.boxed();
+            }
+            Some(Fault::Denied) => {
+                let error = SourceError::Denied {
+                    what,
+                    detail: String::new(),
+                    hint: None,
+                };
+                return async { Err(error) }.boxed();
+            }
+            Some(Fault::NoRanges) if range.start > 0 => {
+                self.0.faults.lock().unwrap().push(Fault::NoRanges);
+                return async { Err(SourceError::NoRanges { what }) }.boxed();
+            }
+            Some(Fault::NoRanges) | None => {}
+        }
+        self.0.sent.fetch_add(bytes.len(), Ordering::Relaxed);
+        let pieces: Vec<_> = bytes
+            .chunks(1000)
+            .map(|piece| Ok(Bytes::copy_from_slice(piece)))
+            .collect();
+        let stream = stream::iter(pieces);
+        let stream = if stalls {
+            stream.chain(stream::pending()).boxed()
+        } else {
+            stream.boxed()
+        };
+        async { Ok(stream) }.boxed()
+    }
+}
+
+struct Only(Arc<Origin>);
+
+impl Sources for Only {
+    fn open(&self, model: &ModelRef) -> Result<Arc<dyn Source>, SourceError> {
+        Ok(Arc::new(OriginSource(Arc::clone(&self.0), model.clone())))
+    }
+}
+
+fn content(size: u32) -> Vec<u8> {
+    (0..size)
+        .map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8)
+        .collect()
+}
+
+fn fetcher(root: &std::path::Path, origin: &Arc<Origin>) -> Arc<Fetcher> {
+    let limits = FetchLimits {
+        connections: 4,
+        memory_bytes: 256 << 10,
+        part_bytes: 16 << 10,
+        attempts: 3,
+        stall_timeout: Duration::from_millis(100),
+        ..FetchLimits::default()
+    };
+    let store = Store::open(root, StoreLimits::default()).unwrap();
+    Fetcher::new(
+        store,
+        Arc::new(Only(Arc::clone(origin))),
+        limits,
+        Arc::default(),
+    )
+}
+
+fn request(include: &[&str]) -> FetchRequest {
+    let include = include.iter().map(|&glob| glob.to_owned()).collect();
+    let patterns = Patterns::new(include, vec![]).unwrap();
+    FetchRequest {
+        model: "hf://org/model".parse().unwrap(),
+        patterns,
+        pin: None,
+    }
+}
+
+fn assert_tree(fetched: &Fetched, origin: &Origin) {
+    for file in &fetched.snapshot.manifest.files {
+        let bytes = fs::read(fetched.snapshot.path.join(&file.path)).unwrap();
+        assert!(
+            bytes == origin.files[file.path.as_str()],
+            "{} differs",
+            file.path
+        );
+    }
+    assert_eq!(fetched.snapshot.manifest.files.len(), origin.files.len());
+}
+
+async fn fetch_failing(
+    faults: &[Fault],
+) -> (Result<Fetched, FetchError>, Arc<Origin>, tempfile::TempDir) {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::failing(faults);
+    let fetched = fetcher(dir.path(), &origin)
+        .fetch(request(&["*"]))
+        .wait()
+        .await;
+    if let Ok(fetched) = &fetched {
+        assert_tree(fetched, &origin);
+    }
+    (fetched, origin, dir)
+}
+
+#[tokio::test]
+async fn a_second_fetch_moves_no_byte() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::new(&[
+        ("a.bin", content(50_000)),
+        ("b/c.txt", content(10)),
+        ("empty.json", vec![]),
+    ]);
+    let fetcher = fetcher(dir.path(), &origin);
+
+    let first = fetcher.fetch(request(&["*"])).wait().await.unwrap();
+    let second = fetcher.fetch(request(&["*"])).wait().await.unwrap();
+
+    assert_tree(&first, &origin);
+    assert_eq!((first.bytes_fetched, first.bytes_reused), (50_010, 0));
+    assert_eq!((second.bytes_fetched, second.bytes_reused), (0, 50_010));
+    assert_eq!(origin.sent.load(Ordering::Relaxed), 50_010);
+}
+
+#[tokio::test]
+async fn other_patterns_bring_only_what_is_missing() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::new(&[
+        ("a.bin", content(5000)),
+        ("b.json", content(100)),
+        ("twin.bin", content(5000)),
+    ]);
+    let fetcher = fetcher(dir.path(), &origin);
+    fetcher.fetch(request(&["a.bin"])).wait().await.unwrap();
+    let all = fetcher.fetch(request(&["*"])).wait().await.unwrap();
+    assert_tree(&all, &origin);
+    assert_eq!((all.bytes_fetched, all.bytes_reused), (100, 10_000));
+}
+
+#[tokio::test]
+async fn bytes_without_a_claim_are_known_by_their_origins_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let files = BTreeMap::from([("a.bin".to_owned(), content(5000))]);
+    let origin = Arc::new(Origin {
+        files,
+        ..Origin::default()
+    });
+    let fetcher = fetcher(dir.path(), &origin);
+    fetcher.fetch(request(&["*"])).wait().await.unwrap();
+    let again = fetcher.fetch(request(&["a*"])).wait().await.unwrap();
+    assert_eq!((again.bytes_fetched, again.bytes_reused), (0, 5000));
+}
+
+#[tokio::test]
+async fn two_processes_share_one_download() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::new(&[("a.bin", content(3_000_000)), ("b.bin", content(2_000_000))]);
+    let (one, two) = (fetcher(dir.path(), &origin), fetcher(dir.path(), &origin));
+    let (one, two) = (one.fetch(request(&["*"])), two.fetch(request(&["*"])));
+    let (one, two) = tokio::join!(one.wait(), two.wait());
+    let (one, two) = (one.unwrap(), two.unwrap());
+    assert_tree(&one, &origin);
+    assert_eq!(one.snapshot.path, two.snapshot.path);
+    assert_eq!(origin.sent.load(Ordering::Relaxed), 5_000_000);
+    assert_eq!(one.bytes_fetched + two.bytes_fetched, 5_000_000);
+}
+
+#[tokio::test]
+async fn a_cut_connection_is_read_on_at_the_byte() {
+    let (fetched, origin, _dir) =
+        fetch_failing(&[Fault::Cut(700), Fault::Cut(0), Fault::Cut(5)]).await;
+    assert_eq!(fetched.unwrap().bytes_fetched, 100_000);
+    assert_eq!(origin.sent.load(Ordering::Relaxed), 100_000);
+}
+
+#[tokio::test]
+async fn a_connection_that_delivers_nothing_is_replaced() {
+    let (fetched, origin, _dir) = fetch_failing(&[Fault::Stall(2000), Fault::Stall(0)]).await;
+    fetched.unwrap();
+    assert_eq!(origin.sent.load(Ordering::Relaxed), 100_000);
+}
+
+#[tokio::test]
+async fn a_busy_origin_is_asked_again_but_not_for_ever() {
+    let (fetched, ..) = fetch_failing(&[Fault::Busy; 2]).await;
+    fetched.unwrap();
+    let (fetched, ..) = fetch_failing(&[Fault::Busy; 100]).await;
+    let error = fetched.expect_err("asked for ever");
+    assert!(
+        Chain(&error)
+            .to_string()
+            .ends_with("a.bin is unavailable: busy"),
+        "{}",
+        Chain(&error)
+    );
+}
+
+#[tokio::test]
+async fn a_flipped_bit_is_found_and_the_file_fetched_again() {
+    let (fetched, origin, _dir) = fetch_failing(&[Fault::Flip]).await;
+    fetched.unwrap();
+    assert_eq!(origin.sent.load(Ordering::Relaxed), 200_000);
+}
+
+#[tokio::test]
+async fn bytes_that_stay_wrong_are_an_error_and_leave_nothing() {
+    let (fetched, _, dir) = fetch_failing(&[Fault::Flip; 100]).await;
+    let error = fetched.expect_err("published wrong bytes");
+    assert!(matches!(error, FetchError::Mismatch { .. }), "{error}");
+    let blobs = fs::read_dir(dir.path().join("blobs/sha256"))
+        .unwrap()
+        .count();
+    let staged = fs::read_dir(dir.path().join("staging")).unwrap().count();
+    assert_eq!((blobs, staged), (0, 0));
+}
+
+#[tokio::test]
+async fn an_origin_without_ranges_is_read_from_the_start() {
+    let (fetched, ..) = fetch_failing(&[Fault::NoRanges; 8]).await;
+    fetched.unwrap();
+}
+
+#[tokio::test]
+async fn what_is_denied_is_not_asked_again() {
+    let (fetched, ..) = fetch_failing(&[Fault::Denied]).await;
+    let error = fetched.expect_err("fetched what was denied");
+    assert!(
+        matches!(
+            error,
+            FetchError::Source {
+                source: SourceError::Denied { .. },
+                ..
+            }
+        ),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn a_broken_shard_is_never_published() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::new(&[("model.safetensors", vec![255; 64])]);
+    let error = fetcher(dir.path(), &origin)
+        .fetch(request(&[]))
+        .wait()
+        .await
+        .expect_err("published");
+    assert!(matches!(error, FetchError::Broken { .. }), "{error}");
+    assert_eq!(
+        fs::read_dir(dir.path().join("snapshots")).unwrap().count(),
+        0
+    );
+}
+
+#[tokio::test]
+async fn a_stopped_fetch_goes_on_in_the_next_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::failing(&[Fault::Stall(9000); 12]);
+    let first = fetcher(dir.path(), &origin);
+    let fetch = first.fetch(request(&["*"]));
+    while origin.sent.load(Ordering::Relaxed) < 30_000 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    first.shutdown(Duration::from_secs(5)).await;
+    assert!(matches!(
+        fetch.wait().await,
+        Err(FetchError::Stopped { .. })
+    ));
+    origin.faults.lock().unwrap().clear();
+
+    let second = fetcher(dir.path(), &origin);
+    assert_eq!(second.resume().unwrap(), 1);
+    let fetched = second.fetch(request(&["*"])).wait().await.unwrap();
+
+    assert_tree(&fetched, &origin);
+    assert!(second.store().recorded_fetches().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_plan_says_what_a_fetch_would_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::new(&[("a.bin", content(5000)), ("b.json", content(100))]);
+    let fetcher = fetcher(dir.path(), &origin);
+    fetcher.fetch(request(&["a.bin"])).wait().await.unwrap();
+    let request = request(&["*"]);
+    let plan = fetcher
+        .plan(&request.model, &request.patterns)
+        .await
+        .unwrap();
+    assert_eq!(
+        (plan.bytes, plan.bytes_local, plan.bytes_to_fetch),
+        (5100, 5000, 100)
+    );
+    assert!(!plan.published && plan.room.evict.is_empty());
+}
