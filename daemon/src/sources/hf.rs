@@ -21,6 +21,9 @@ mod refusal;
 mod resolve;
 mod tree;
 
+#[cfg(test)]
+mod tests;
+
 use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};

@@ -139,6 +139,21 @@ async fn head(hub: &Hub, revision: &Revision, path: &str) -> Result<Response, So
     .await
 }
 
+/// Where a redirect leads, if we go there.
+fn target(from: &Url, location: &str) -> Result<Url, String> {
+    let host = host(from);
+    let Ok(url) = from.join(location) else {
+        return Err(format!("{host} redirects to no address"));
+    };
+    let (old, new) = (from.scheme(), url.scheme());
+    if new == "https" || new == "http" && old == "http" {
+        return Ok(url);
+    }
+    Err(format!(
+        "{host} redirects from {old} to {new}, which is refused"
+    ))
+}
+
 struct Reader<'a> {
     hub: &'a Hub,
     revision: &'a Revision,
@@ -200,17 +215,7 @@ impl Reader<'_> {
         let Some(location) = location.and_then(|text| text.to_str().ok()) else {
             return Err(refusal(self.hub, &self.what, &Answer::of(response)));
         };
-        let Ok(url) = from.join(location) else {
-            return Err(self.invalid(format!("{} redirects to no address", host(from))));
-        };
-        let downgrade = from.scheme() == "https" && url.scheme() != "https";
-        if downgrade || !matches!(url.scheme(), "https" | "http") {
-            let (host, from, to) = (host(from), from.scheme(), url.scheme());
-            return Err(self.invalid(format!(
-                "{host} redirects from {from} to {to}, which is refused"
-            )));
-        }
-        Ok(url)
+        target(from, location).map_err(|detail| self.invalid(detail))
     }
 
     /// Does the Hub still mean the file that it listed?
@@ -408,5 +413,30 @@ impl Reader<'_> {
             detail,
             hint: None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_redirect_never_leads_out_of_tls() {
+        let tls: Url = "https://hub.example/a/b".parse().unwrap();
+        let plain: Url = "http://hub.example/a/b".parse().unwrap();
+        for location in [
+            "http://cdn.example/x",
+            "ftp://cdn.example/x",
+            "file:///x",
+            "data:x",
+        ] {
+            let detail = target(&tls, location).unwrap_err();
+            assert!(!detail.contains("cdn.example"), "{detail}");
+        }
+        assert!(target(&plain, "file:///x").is_err());
+        assert!(target(&plain, "http://cdn.example/x").is_ok());
+        assert!(target(&tls, "https://cdn.example/x").is_ok());
+        let relative = target(&tls, "/c?d").unwrap();
+        assert_eq!(relative.as_str(), "https://hub.example/c?d");
     }
 }
