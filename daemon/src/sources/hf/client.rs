@@ -12,6 +12,7 @@ use url::Url;
 use weightd_core::digest::Digest;
 
 use super::config::HfConfigError;
+use super::hub::host;
 use super::limit::{Limiter, Waits};
 
 /// Redirects within one origin: a renamed repository costs one, a small file one more.
@@ -113,8 +114,8 @@ impl HfClients {
         let mut limiters = self.limiters.lock().unwrap_or_else(PoisonError::into_inner);
         // A daemon meets many tokens: those that are not in use and not limited need no memory.
         limiters.retain(|_, limiter| Arc::strong_count(limiter) > 1 || !limiter.idle());
-        let limiter = limiters.entry(key);
-        Arc::clone(limiter.or_insert_with(|| Arc::new(Limiter::new(self.timing.limit))))
+        let new = || Arc::new(Limiter::new(host(endpoint), self.timing.limit));
+        Arc::clone(limiters.entry(key).or_insert_with(new))
     }
 }
 

@@ -1,6 +1,7 @@
 //! One repository at one Hub, asked with one token: addresses, requests, and their repetition.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
@@ -125,7 +126,7 @@ impl Hub {
     }
 
     /// Keeps all who share this token from `quota` for a while.
-    pub(super) fn block(&self, quota: Quota, wait: std::time::Duration) {
+    pub(super) fn block(&self, quota: Quota, wait: Duration) {
         self.limiter.block(Some(quota), wait);
     }
 
@@ -145,14 +146,13 @@ impl Hub {
         quota: Quota,
         repeats: u32,
     ) -> Result<Response, SourceError> {
-        debug_assert!(self.owns(url), "the token must not leave the Hub");
         let (mut failures, mut refusals) = (0, 0);
         loop {
             self.ready(quota).await?;
             let mut request = client
                 .request(method.clone(), url.clone())
                 .headers(headers.clone());
-            if let Some(authorization) = &self.authorization {
+            if let Some(authorization) = self.authorization.as_ref().filter(|_| self.owns(url)) {
                 request = request.header(AUTHORIZATION, authorization);
             }
             let error = match timeout(self.timing().header, request.send()).await {
@@ -163,8 +163,9 @@ impl Hub {
                     if response.status() == StatusCode::TOO_MANY_REQUESTS
                         && refusals < self.timing().refusals
                     {
-                        let wait = told.unwrap_or_else(|| self.unnamed_wait(quota, refusals));
-                        tracing::warn!(host = %self.host(), wait_s = wait.as_secs(), "rate limited");
+                        if told.is_none() {
+                            self.block(quota, self.timing().backoff(refusals + 2));
+                        }
                         refusals += 1;
                         continue;
                     }
@@ -180,13 +181,6 @@ impl Hub {
             self.wait_to_repeat(error, failures, repeats).await?;
             failures += 1;
         }
-    }
-
-    /// The Hub refused a request for its rate and did not say for how long.
-    fn unnamed_wait(&self, quota: Quota, refusals: u32) -> std::time::Duration {
-        let wait = self.timing().backoff(refusals + 2);
-        self.limiter.block(Some(quota), wait);
-        wait
     }
 
     /// Waits before the next attempt, if `error` is worth one and there were not `repeats` yet.

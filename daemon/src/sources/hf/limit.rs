@@ -53,13 +53,16 @@ struct Window {
 /// Until when each quota is used up.
 #[derive(Debug)]
 pub(super) struct Limiter {
+    /// For the log.
+    host: String,
     waits: Waits,
     until: Mutex<[Option<Instant>; 3]>,
 }
 
 impl Limiter {
-    pub(super) fn new(waits: Waits) -> Self {
+    pub(super) fn new(host: String, waits: Waits) -> Self {
         Self {
+            host,
             waits,
             until: Mutex::new([None; 3]),
         }
@@ -121,11 +124,23 @@ impl Limiter {
     pub(super) fn block(&self, quota: Option<Quota>, wait: Duration) {
         // A day at most: an absurd number must not overflow the clock.
         let wait = wait.min(Duration::from_secs(86_400)) + self.waits.margin;
-        let until = Some(Instant::now() + wait);
-        let mut slots = self.lock();
-        match quota {
-            Some(quota) => slots[quota as usize] = slots[quota as usize].max(until),
-            None => slots.iter_mut().for_each(|slot| *slot = (*slot).max(until)),
+        let now = Instant::now();
+        let mut news = false;
+        for (at, slot) in self.lock().iter_mut().enumerate() {
+            if quota.is_none_or(|quota| quota as usize == at) {
+                news |= slot.is_none_or(|until| until <= now);
+                *slot = (*slot).max(Some(now + wait));
+            }
+        }
+        // Said once, not by every request that is refused meanwhile.
+        if news {
+            let wait_s = wait.as_secs_f64();
+            tracing::warn!(
+                host = self.host,
+                ?quota,
+                wait_s,
+                "rate limit reached, waiting"
+            );
         }
     }
 
@@ -195,7 +210,7 @@ mod tests {
     }
 
     fn limiter() -> Limiter {
-        Limiter::new(Waits::default())
+        Limiter::new("hub.example".to_owned(), Waits::default())
     }
 
     #[test]
