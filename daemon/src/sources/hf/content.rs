@@ -118,10 +118,14 @@ pub(super) async fn probe(hub: &Hub, revision: &Revision, path: &str) -> Result<
         None => *response.url() == hub.file_url(revision, path) && response.status().is_success(),
     };
     let granted = response.status().is_success() || response.status().is_redirection();
-    if marked && granted {
-        return Ok(());
+    match (granted, marked) {
+        (true, true) => Ok(()),
+        (true, false) => Err(hub.nonsense(format!(
+            "{} does not say which commit it answers for",
+            hub.host()
+        ))),
+        (false, _) => Err(refusal(hub, &hub.model.to_string(), &Answer::of(&response))),
     }
-    Err(refusal(hub, &hub.model.to_string(), &Answer::of(&response)))
 }
 
 async fn head(hub: &Hub, revision: &Revision, path: &str) -> Result<Response, SourceError> {

@@ -596,6 +596,33 @@ async fn ranges_make_up_the_file_and_the_token_stays_at_the_hub() {
 }
 
 #[tokio::test]
+async fn weights_that_lie_at_the_hub_itself_are_read_with_the_token() {
+    let direct: Fault = Box::new(|seen| {
+        let (first, last) = seen.range.unwrap_or((0, WEIGHTS - 1));
+        let range = format!("bytes {first}-{last}/{WEIGHTS}");
+        let headers = [("x-repo-commit", SHA), ("content-range", &range)];
+        let wanted = seen.path.contains("/model.safetensors");
+        wanted.then(|| match seen.range {
+            Some(_) => answer(206, &headers, weights()[first..=last].to_vec()),
+            None => answer(200, &headers[..1], weights()),
+        })
+    });
+    let world = World::new(direct, no_fault()).await;
+    let (source, listing) = world.listed().await;
+    let file = &listing.files[1];
+    assert!(read(&source, file, 500..9000).await.unwrap() == weights()[500..9000]);
+    assert!(read(&source, file, 0..WEIGHTS).await.unwrap() == weights());
+    assert_eq!(world.cdn.seen().len(), 0);
+    assert!(
+        world
+            .hub
+            .seen()
+            .iter()
+            .all(|seen| seen.authorization.is_some())
+    );
+}
+
+#[tokio::test]
 async fn connections_are_used_again() {
     let world = World::new(no_fault(), no_fault()).await;
     let (source, listing) = world.listed().await;
