@@ -1,1 +1,3 @@
-//! x
+//! The weightd daemon and its command line: everything of weightd that touches the outside.
+
+pub mod sources;

@@ -1,0 +1,3 @@
+//! The places that models come from, one file a vendor.
+
+pub mod hf;
