@@ -1,3 +1,4 @@
 //! The weightd daemon and its command line: everything of weightd that touches the outside.
 
+pub mod rpc;
 pub mod sources;

@@ -1,0 +1,367 @@
+//! The control API. It decides nothing: it turns messages into calls and errors into codes.
+//!
+//! `weightd` serves it on a unix socket, `weightctl` without a daemon serves it to itself in memory, so
+//! that a command does the same with and without a daemon.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+use weightd_core::blocking;
+use weightd_core::fetch::{Fetch, FetchError, FetchRequest, Fetched, Fetcher};
+use weightd_core::metrics::Metrics;
+use weightd_core::model::{ModelRef, Patterns};
+use weightd_core::store::{Holder, Partial, Snapshot, Store, StoreError};
+use weightd_proto::weightd::v1 as wire;
+use weightd_proto::weightd::v1::control_server::Control;
+
+mod convert;
+mod status;
+
+use status::{invalid, of_fetch, of_store};
+
+/// Events that a slow client may lag behind.
+const EVENTS: usize = 16;
+
+type Events<T> = ReceiverStream<Result<T, Status>>;
+
+/// Everything that a request needs.
+pub struct Engine {
+    /// The local tier.
+    pub store: Arc<Store>,
+    /// What fills it.
+    pub fetcher: Arc<Fetcher>,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
+}
+
+/// The control API on an [`Engine`].
+#[derive(Clone)]
+pub struct ControlService(Arc<Engine>);
+
+impl ControlService {
+    /// Serves `engine`.
+    #[must_use]
+    pub fn new(engine: Arc<Engine>) -> Self {
+        Self(engine)
+    }
+
+    async fn on_store<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Store) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, Status> {
+        let store = Arc::clone(&self.0.store);
+        blocking::run(move || work(&store))
+            .await
+            .map_err(|error| of_store(&error))
+    }
+
+    /// The snapshot that a user names, or the error that it is not here.
+    async fn find_here(&self, spec: Option<wire::ModelSpec>) -> Result<Snapshot, Status> {
+        let (model, patterns) = parse(spec)?;
+        self.on_store(move |store| {
+            let found = store.find(&model, &patterns)?;
+            found.ok_or_else(|| StoreError::Missing(model.to_string()))
+        })
+        .await
+    }
+}
+
+fn parse(spec: Option<wire::ModelSpec>) -> Result<(ModelRef, Patterns), Status> {
+    let spec = spec.ok_or_else(|| Status::invalid_argument("the request names no model"))?;
+    let model = spec
+        .model
+        .parse::<ModelRef>()
+        .map_err(|error| invalid(&error))?;
+    let patterns = Patterns::new(spec.include, spec.exclude).map_err(|error| invalid(&error))?;
+    Ok((model, patterns))
+}
+
+fn operator(name: &str) -> Result<Holder, Status> {
+    Holder::operator(name).map_err(|error| invalid(&error))
+}
+
+/// Reports a fetch to one client, who may leave: the fetch goes on without it.
+fn follow<T: Send + 'static>(
+    fetch: Fetch,
+    progress: impl Fn(wire::Progress) -> T + Send + 'static,
+    done: impl FnOnce(Fetched) -> T + Send + 'static,
+) -> Response<Events<T>> {
+    let (events, stream) = mpsc::channel(EVENTS);
+    tokio::spawn(async move {
+        let mut changes = fetch.progress();
+        let outcome = fetch.wait();
+        tokio::pin!(outcome);
+        let last = loop {
+            tokio::select! {
+                biased;
+                outcome = &mut outcome => break outcome,
+                Ok(()) = changes.changed() => {
+                    let event = progress(convert::progress(&changes.borrow_and_update()));
+                    if events.send(Ok(event)).await.is_err() {
+                        return;
+                    }
+                }
+            }
+        };
+        let last = last.map(done).map_err(|error: FetchError| of_fetch(&error));
+        // Nobody listens any more: then nobody needs it.
+        let _ = events.send(last).await;
+    });
+    Response::new(ReceiverStream::new(stream))
+}
+
+#[tonic::async_trait]
+impl Control for ControlService {
+    type PrefetchStream = Events<wire::PrefetchEvent>;
+    type VerifyStream = Events<wire::VerifyEvent>;
+    type AcquireStream = Events<wire::AcquireEvent>;
+
+    async fn version(
+        &self,
+        _: Request<wire::VersionRequest>,
+    ) -> Result<Response<wire::VersionResponse>, Status> {
+        Ok(Response::new(wire::VersionResponse {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            root: self.0.store.root().display().to_string(),
+        }))
+    }
+
+    async fn prefetch(
+        &self,
+        request: Request<wire::PrefetchRequest>,
+    ) -> Result<Response<Self::PrefetchStream>, Status> {
+        use wire::prefetch_event::Event;
+        let request = request.into_inner();
+        let (model, patterns) = parse(request.model)?;
+        let pin = if request.pin.is_empty() {
+            None
+        } else {
+            Some(operator(&request.pin)?)
+        };
+        let fetch = self.0.fetcher.fetch(FetchRequest {
+            model,
+            patterns,
+            pin,
+        });
+        Ok(follow(
+            fetch,
+            |progress| wire::PrefetchEvent {
+                event: Some(Event::Progress(progress)),
+            },
+            |fetched| wire::PrefetchEvent {
+                event: Some(Event::Done(convert::fetched(&fetched))),
+            },
+        ))
+    }
+
+    async fn list(
+        &self,
+        request: Request<wire::ListRequest>,
+    ) -> Result<Response<wire::ListResponse>, Status> {
+        let with_files = request.into_inner().with_files;
+        let snapshots = self.on_store(Store::snapshots).await?;
+        let snapshots = snapshots
+            .iter()
+            .map(|snapshot| convert::snapshot(snapshot, with_files));
+        Ok(Response::new(wire::ListResponse {
+            snapshots: snapshots.collect(),
+        }))
+    }
+
+    async fn find(
+        &self,
+        request: Request<wire::FindRequest>,
+    ) -> Result<Response<wire::FindResponse>, Status> {
+        let snapshot = self.find_here(request.into_inner().model).await?;
+        Ok(Response::new(wire::FindResponse {
+            snapshot: Some(convert::snapshot(&snapshot, false)),
+        }))
+    }
+
+    async fn status(
+        &self,
+        _: Request<wire::StatusRequest>,
+    ) -> Result<Response<wire::StatusResponse>, Status> {
+        let fetches = self
+            .0
+            .fetcher
+            .active()
+            .iter()
+            .map(convert::progress)
+            .collect();
+        let usage = self.on_store(Store::usage).await?;
+        let tier = convert::tier("local", self.0.store.root(), &usage);
+        Ok(Response::new(wire::StatusResponse {
+            fetches,
+            tiers: vec![tier],
+        }))
+    }
+
+    async fn plan(
+        &self,
+        request: Request<wire::PlanRequest>,
+    ) -> Result<Response<wire::PlanResponse>, Status> {
+        let (model, patterns) = parse(request.into_inner().model)?;
+        let plan = self
+            .0
+            .fetcher
+            .plan(&model, &patterns)
+            .await
+            .map_err(|error| of_fetch(&error))?;
+        Ok(Response::new(convert::plan(plan)))
+    }
+
+    async fn pin(
+        &self,
+        request: Request<wire::PinRequest>,
+    ) -> Result<Response<wire::PinResponse>, Status> {
+        let request = request.into_inner();
+        let holder = operator(&request.name)?;
+        let id = self.find_here(request.model).await?.manifest.snapshot;
+        let pinned = self.on_store(move |store| {
+            store.pin(&id, &holder)?;
+            store
+                .snapshot(&id)?
+                .ok_or_else(|| StoreError::Missing(id.to_string()))
+        });
+        Ok(Response::new(wire::PinResponse {
+            snapshot: Some(convert::snapshot(&pinned.await?, false)),
+        }))
+    }
+
+    async fn unpin(
+        &self,
+        request: Request<wire::UnpinRequest>,
+    ) -> Result<Response<wire::UnpinResponse>, Status> {
+        let request = request.into_inner();
+        let holder = operator(&request.name)?;
+        let id = self.find_here(request.model).await?.manifest.snapshot;
+        let unpinned = self.on_store(move |store| {
+            let released = store.unpin(&id, &holder)?;
+            let snapshot = store
+                .snapshot(&id)?
+                .ok_or_else(|| StoreError::Missing(id.to_string()))?;
+            Ok((snapshot, released))
+        });
+        let (snapshot, released) = unpinned.await?;
+        Ok(Response::new(wire::UnpinResponse {
+            snapshot: Some(convert::snapshot(&snapshot, false)),
+            released,
+        }))
+    }
+
+    async fn remove(
+        &self,
+        request: Request<wire::RemoveRequest>,
+    ) -> Result<Response<wire::RemoveResponse>, Status> {
+        let id = self
+            .find_here(request.into_inner().model)
+            .await?
+            .manifest
+            .snapshot;
+        let snapshots = vec![id.to_string()];
+        let bytes_freed = self.on_store(move |store| store.remove(&id)).await?;
+        Ok(Response::new(wire::RemoveResponse {
+            snapshots,
+            bytes_freed,
+        }))
+    }
+
+    async fn collect(
+        &self,
+        request: Request<wire::CollectRequest>,
+    ) -> Result<Response<wire::CollectResponse>, Status> {
+        let partial = if request.into_inner().partial {
+            Partial::All
+        } else {
+            Partial::Stale
+        };
+        let collected = self.on_store(move |store| store.collect(partial)).await?;
+        Ok(Response::new(convert::collected(collected)))
+    }
+
+    async fn verify(
+        &self,
+        request: Request<wire::VerifyRequest>,
+    ) -> Result<Response<Self::VerifyStream>, Status> {
+        use wire::verify_event::Event;
+        let only = match request.into_inner().model {
+            None => None,
+            spec => Some(self.find_here(spec).await?.manifest.snapshot),
+        };
+        let (events, stream) = mpsc::channel(EVENTS);
+        let engine = Arc::clone(&self.0);
+        tokio::spawn(blocking::run(move || {
+            let verified = engine
+                .store
+                .bytes_to_verify(only.as_ref())
+                .and_then(|bytes| {
+                    let mut bytes_done = 0;
+                    engine.store.verify(only.as_ref(), &mut |hashed| {
+                        bytes_done += hashed;
+                        let progress = Event::Progress(wire::VerifyProgress { bytes, bytes_done });
+                        // Progress that nobody reads in time may be lost. A client that left wants no more.
+                        match events.try_send(Ok(wire::VerifyEvent {
+                            event: Some(progress),
+                        })) {
+                            Err(mpsc::error::TrySendError::Closed(_)) => ControlFlow::Break(()),
+                            _ => ControlFlow::Continue(()),
+                        }
+                    })
+                });
+            let last = verified.map_err(|error| of_store(&error)).map(|verified| {
+                engine
+                    .metrics
+                    .verified(verified.bytes, verified.damaged.len() as u64);
+                wire::VerifyEvent {
+                    event: Some(Event::Done(convert::verified(&verified))),
+                }
+            });
+            let _ = events.blocking_send(last);
+        }));
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn acquire(
+        &self,
+        request: Request<wire::AcquireRequest>,
+    ) -> Result<Response<Self::AcquireStream>, Status> {
+        use wire::acquire_event::Event;
+        let request = request.into_inner();
+        let (model, patterns) = parse(request.model)?;
+        let holder = request
+            .holder
+            .parse::<Holder>()
+            .map_err(|error| invalid(&error))?;
+        let fetch = self.0.fetcher.fetch(FetchRequest {
+            model,
+            patterns,
+            pin: Some(holder),
+        });
+        Ok(follow(
+            fetch,
+            |progress| wire::AcquireEvent {
+                event: Some(Event::Progress(progress)),
+            },
+            |fetched| wire::AcquireEvent {
+                event: Some(Event::Done(convert::snapshot(&fetched.snapshot, false))),
+            },
+        ))
+    }
+
+    async fn release(
+        &self,
+        request: Request<wire::ReleaseRequest>,
+    ) -> Result<Response<wire::ReleaseResponse>, Status> {
+        let holder = request
+            .into_inner()
+            .holder
+            .parse::<Holder>()
+            .map_err(|error| invalid(&error))?;
+        let released = self.on_store(move |store| store.release(&holder)).await?;
+        Ok(Response::new(wire::ReleaseResponse { released }))
+    }
+}

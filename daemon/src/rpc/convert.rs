@@ -1,0 +1,145 @@
+//! The domain's values as messages.
+
+use std::path::Path;
+
+use weightd_core::fetch::{Fetched, Phase, Plan, Progress};
+use weightd_core::source::LeftOut;
+use weightd_core::store::{Collected, Snapshot, Usage, Verified};
+use weightd_proto::weightd::v1 as wire;
+
+pub(super) fn snapshot(snapshot: &Snapshot, with_files: bool) -> wire::Snapshot {
+    let manifest = &snapshot.manifest;
+    let files = manifest.files.iter().map(|file| wire::File {
+        path: file.path.to_string(),
+        bytes: file.size,
+        sha256: file.sha256.to_string(),
+    });
+    wire::Snapshot {
+        snapshot: manifest.snapshot.to_string(),
+        model: manifest.model.to_string(),
+        path: snapshot.path.display().to_string(),
+        files: manifest.files.len() as u64,
+        bytes: manifest.bytes(),
+        last_used: snapshot.last_used,
+        pinned_by: snapshot.pinned_by.iter().map(ToString::to_string).collect(),
+        file: if with_files {
+            files.collect()
+        } else {
+            Vec::new()
+        },
+        published_at: manifest.published_at,
+    }
+}
+
+pub(super) fn progress(progress: &Progress) -> wire::Progress {
+    let phase = match progress.phase {
+        Phase::Resolving => wire::progress::Phase::Resolving,
+        Phase::WaitingForRoom => wire::progress::Phase::WaitingForRoom,
+        Phase::Fetching => wire::progress::Phase::Fetching,
+        Phase::Publishing => wire::progress::Phase::Publishing,
+    };
+    wire::Progress {
+        model: progress.model.to_string(),
+        snapshot: progress
+            .snapshot
+            .as_ref()
+            .map(ToString::to_string)
+            .unwrap_or_default(),
+        phase: phase.into(),
+        files: progress.files,
+        files_done: progress.files_done,
+        bytes: progress.bytes,
+        bytes_done: progress.bytes_done,
+        bytes_fetched: progress.bytes_fetched,
+        bytes_per_second: progress.bytes_per_second,
+        eta_seconds: progress.eta.map(|eta| eta.as_secs_f64()),
+        elapsed_seconds: progress.elapsed.as_secs_f64(),
+    }
+}
+
+pub(super) fn fetched(fetched: &Fetched) -> wire::Prefetched {
+    wire::Prefetched {
+        snapshot: Some(snapshot(&fetched.snapshot, false)),
+        bytes_fetched: fetched.bytes_fetched,
+        bytes_reused: fetched.bytes_reused,
+        seconds: fetched.seconds,
+        left_out: Some(left_out(&fetched.left_out)),
+    }
+}
+
+fn left_out(left_out: &LeftOut) -> wire::LeftOut {
+    wire::LeftOut {
+        files: left_out.files,
+        bytes: left_out.bytes,
+        examples: left_out.examples.clone(),
+    }
+}
+
+pub(super) fn tier(tier: &str, root: &Path, usage: &Usage) -> wire::TierStatus {
+    wire::TierStatus {
+        tier: tier.to_owned(),
+        root: root.display().to_string(),
+        capacity_bytes: usage.capacity,
+        free_bytes: usage.free,
+        store_bytes: usage.store,
+        pinned_bytes: usage.pinned,
+        high_watermark_bytes: usage.high,
+        low_watermark_bytes: usage.low,
+        snapshots: usage.snapshots,
+        partial_bytes: usage.partial,
+        max_bytes: usage.max,
+    }
+}
+
+pub(super) fn plan(plan: Plan) -> wire::PlanResponse {
+    let file = plan.files.iter().map(|file| wire::PlannedFile {
+        path: file.path.to_string(),
+        bytes: file.bytes,
+        local: file.local,
+    });
+    wire::PlanResponse {
+        file: file.collect(),
+        model: plan.model.to_string(),
+        snapshot: plan.snapshot.to_string(),
+        files: plan.files.len() as u64,
+        bytes: plan.bytes,
+        bytes_local: plan.bytes_local,
+        bytes_to_fetch: plan.bytes_to_fetch,
+        evict: plan.room.evict.iter().map(ToString::to_string).collect(),
+        evict_bytes: plan.room.freed,
+        bytes_short: plan.room.short,
+        seconds_from_origin: plan.seconds_from_origin,
+        left_out: Some(left_out(&plan.left_out)),
+        published: plan.published,
+    }
+}
+
+pub(super) fn collected(collected: Collected) -> wire::CollectResponse {
+    wire::CollectResponse {
+        blobs: collected.blobs,
+        bytes_freed: collected.bytes,
+        partial: collected.partial,
+        trees: collected.trees,
+    }
+}
+
+pub(super) fn verified(verified: &Verified) -> wire::Verified {
+    let damaged = verified.damaged.iter().map(|damaged| wire::Damaged {
+        sha256: damaged.sha256.to_string(),
+        got: damaged
+            .got
+            .map(|digest| digest.to_string())
+            .unwrap_or_default(),
+        snapshots: damaged.snapshots.iter().map(ToString::to_string).collect(),
+        set_aside: damaged
+            .set_aside
+            .as_ref()
+            .map(|path| path.display().to_string())
+            .unwrap_or_default(),
+    });
+    wire::Verified {
+        checked: verified.checked,
+        bytes: verified.bytes,
+        damaged: damaged.collect(),
+    }
+}
