@@ -1,4 +1,6 @@
 //! The weightd daemon and its command line: everything of weightd that touches the outside.
 
+pub mod process;
 pub mod rpc;
 pub mod sources;
+pub mod telemetry;

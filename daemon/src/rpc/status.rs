@@ -9,7 +9,7 @@ use weightd_core::source::SourceError;
 use weightd_core::store::StoreError;
 
 /// The remedy stands on a line of its own that begins with this.
-pub const HINT: &str = "hint: ";
+pub(super) const HINT: &str = "hint: ";
 
 fn status(code: Code, error: &(dyn Error + 'static), hint: Option<String>) -> Status {
     let mut message = Chain(error).to_string();

@@ -1,0 +1,227 @@
+//! The command line: every command with examples that teach it.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use weightd_core::model::ModelRef;
+use weightd_core::store::Holder;
+
+const EXAMPLES: &str = "\
+Examples:
+  weightctl prefetch hf://org/model            the main branch, into this user's store or the daemon's
+  weightctl prefetch s3://bucket/models/x      everything below that prefix
+  weightctl --root /data/weightd ls            a store of your choice, without a daemon
+  weightctl path hf://org/model                the directory to hand to a loader
+
+Models:
+  hf://org/name[@revision]       a Hugging Face repository; a branch, tag, refs/pr/1 or commit (main)
+  s3://bucket/prefix[@revision]  what lies below a prefix
+  file:///path                   a directory that holds a model
+
+Environment:
+  HF_TOKEN, HF_TOKEN_PATH, HF_ENDPOINT and the AWS SDK's variables are read as everywhere.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 the daemon cannot be reached.";
+
+/// Brings model weights onto this machine: verified, deduplicated, ready to load.
+#[derive(Debug, Parser)]
+#[command(name = "weightctl", version, after_help = EXAMPLES, arg_required_else_help = true)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Global {
+    /// Work on the store in DIR, without a daemon [env: WEIGHTD_ROOT]
+    #[arg(long, value_name = "DIR", global = true, conflicts_with = "socket")]
+    pub(crate) root: Option<PathBuf>,
+    /// Talk to the daemon at PATH [env: WEIGHTD_SOCKET] [default: /run/weightd/weightd.sock]
+    #[arg(long, value_name = "PATH", global = true)]
+    pub(crate) socket: Option<PathBuf>,
+    /// How results are printed on stdout
+    #[arg(long, value_enum, default_value_t = Format::Text, global = true)]
+    pub(crate) output: Format,
+    /// Say on stderr what is going on; twice for more
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    pub(crate) verbose: u8,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    /// For people.
+    Text,
+    /// For programs.
+    Json,
+}
+
+/// A model and the files wanted of it.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Spec {
+    /// hf://org/name[@revision], s3://bucket/prefix[@revision] or file:///path
+    pub(crate) model: ModelRef,
+    #[command(flatten)]
+    pub(crate) files: Files,
+}
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Files {
+    /// Take only files that match GLOB, instead of what a loader needs; may be repeated
+    #[arg(long, value_name = "GLOB", value_parser = glob)]
+    pub(crate) include: Vec<String>,
+    /// Leave out files that match GLOB; may be repeated
+    #[arg(long, value_name = "GLOB", value_parser = glob)]
+    pub(crate) exclude: Vec<String>,
+}
+
+fn glob(text: &str) -> Result<String, String> {
+    let parsed = weightd_core::model::Patterns::new(vec![text.to_owned()], vec![]);
+    parsed
+        .map(|_| text.to_owned())
+        .map_err(|error| error.to_string())
+}
+
+fn holder(text: &str) -> Result<String, String> {
+    Holder::operator(text)
+        .map(|_| text.to_owned())
+        .map_err(|error| error.to_string())
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Fetch models, and return when they can be used
+    ///
+    /// Every byte is verified before it can be seen. What is here already, under whatever name, is not
+    /// fetched again. An interrupted prefetch goes on where it stopped.
+    #[command(after_help = "\
+Examples:
+  weightctl prefetch hf://org/model@v1.0
+  weightctl prefetch hf://org/model --include '*.gguf'
+  weightctl prefetch s3://bucket/models/x --pin serving
+  weightctl --output json prefetch hf://org/a hf://org/b | jq -r .path
+
+By default a model's safetensors, configuration, tokenizer, templates and code are taken; weights in
+other formats and pickle files are left out. JSON: one object a line for each model.")]
+    Prefetch {
+        /// Models to fetch, one after the other
+        #[arg(required = true, value_name = "MODEL")]
+        models: Vec<ModelRef>,
+        #[command(flatten)]
+        files: Files,
+        /// Hold them against eviction under this name, until `unpin --as NAME`
+        #[arg(long, value_name = "NAME", value_parser = holder)]
+        pin: Option<String>,
+    },
+    /// List the models that are here
+    #[command(
+        after_help = "Examples:\n  weightctl ls\n  weightctl --output json ls --files | jq '.[].file_list'"
+    )]
+    Ls {
+        /// With their files and digests
+        #[arg(long)]
+        files: bool,
+    },
+    /// Print the directory of a model that is here; exit code 1 if it is not
+    #[command(after_help = "Example:\n  vllm serve \"$(weightctl path hf://org/model)\"")]
+    Path {
+        #[command(flatten)]
+        spec: Spec,
+    },
+    /// Show fetches under way and how full the store is
+    Status,
+    /// Say what a prefetch would do, and do nothing
+    #[command(after_help = "Example:\n  weightctl plan hf://org/model@main")]
+    Plan {
+        #[command(flatten)]
+        spec: Spec,
+    },
+    /// Hold a model against eviction
+    #[command(after_help = "Example:\n  weightctl pin hf://org/model --as serving")]
+    Pin {
+        #[command(flatten)]
+        spec: Spec,
+        /// Who holds it
+        #[arg(long = "as", value_name = "NAME", value_parser = holder)]
+        name: String,
+    },
+    /// Let go of a model
+    #[command(after_help = "Example:\n  weightctl unpin hf://org/model --as serving")]
+    Unpin {
+        #[command(flatten)]
+        spec: Spec,
+        /// Who held it
+        #[arg(long = "as", value_name = "NAME", value_parser = holder)]
+        name: String,
+    },
+    /// Remove a model, and the bytes that only it needs
+    Rm {
+        #[command(flatten)]
+        spec: Spec,
+    },
+    /// Remove what no model needs: unused bytes, dead and stale partial downloads
+    Gc {
+        /// Also partial downloads that could still be resumed, and damaged bytes that were set aside
+        #[arg(long)]
+        partial: bool,
+    },
+    /// Hash what is here again; set damaged bytes aside; exit code 1 if there were any
+    ///
+    /// The models that hold damaged bytes are withdrawn: a prefetch brings just those bytes again.
+    #[command(
+        after_help = "Examples:\n  weightctl verify\n  weightctl verify hf://org/model || weightctl prefetch hf://org/model"
+    )]
+    Verify {
+        /// Only this model; all that is here if left out
+        model: Option<ModelRef>,
+        #[command(flatten)]
+        files: Files,
+    },
+    /// The main job on an embedded origin, offline: prefetch, read-only mount, verify, timings
+    #[cfg(feature = "demo")]
+    Demo(super::demo::DemoArgs),
+    /// Print completions for a shell
+    #[command(
+        after_help = "Example:\n  weightctl completions bash > /etc/bash_completion.d/weightctl"
+    )]
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual pages
+    #[command(after_help = "Example:\n  weightctl man --dir /usr/local/share/man/man1")]
+    Man {
+        /// Where to; the main page goes to stdout if left out
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_typo_is_wrong_usage_before_anything_happens() {
+        for words in [
+            &["prefetch"][..],
+            &["prefetch", "org/model"],
+            &["prefetch", "hf://org/model", "--include", "[a"],
+            &["prefetch", "hf://org/model", "--pin", "a/b"],
+            &["pin", "hf://org/model"],
+            &["--root", "/x", "--socket", "/y", "ls"],
+            &["frobnicate"],
+        ] {
+            let error =
+                Cli::try_parse_from([&["weightctl"], words].concat()).expect_err("accepted");
+            assert_eq!(error.exit_code(), 2, "{words:?}: {error}");
+        }
+    }
+}
