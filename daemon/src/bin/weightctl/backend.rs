@@ -37,9 +37,9 @@ pub(crate) struct Unreachable(pub(crate) PathBuf, pub(crate) String);
 
 impl fmt::Display for Unreachable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
+        writeln!(
             f,
-            "cannot reach the daemon at {}: {}\n",
+            "cannot reach the daemon at {}: {}",
             self.0.display(),
             self.1
         )?;

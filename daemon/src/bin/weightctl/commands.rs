@@ -55,59 +55,61 @@ async fn dispatch(client: &mut Client, output: Output, command: Command) -> anyh
         }
         Command::Status => status(client, output).await,
         Command::Plan { spec } => plan(client, output, &spec).await,
-        Command::Pin { spec, name } => {
-            let request = wire::PinRequest {
-                model: Some(wire_spec(&spec)),
-                name,
-            };
-            let snapshot = ask(client.pin(request).await)?.snapshot.unwrap_or_default();
-            output.result(&snapshot_json(&snapshot), |_| {
-                format!(
-                    "{} is held by {}",
-                    snapshot.model,
-                    snapshot.pinned_by.join(", ")
-                )
-            })
-        }
-        Command::Unpin { spec, name } => {
-            let request = wire::UnpinRequest {
-                model: Some(wire_spec(&spec)),
-                name: name.clone(),
-            };
-            let answer = ask(client.unpin(request).await)?;
-            let snapshot = answer.snapshot.unwrap_or_default();
-            let mut value = snapshot_json(&snapshot);
-            value["released"] = answer.released.into();
-            let did = if answer.released {
-                "no longer holds"
-            } else {
-                "did not hold"
-            };
-            output.result(&value, |_| {
-                format!("operator/{name} {did} {}", snapshot.model)
-            })
-        }
-        Command::Rm { spec } => {
-            let request = wire::RemoveRequest {
-                model: Some(wire_spec(&spec)),
-            };
-            let removed = ask(client.remove(request).await)?;
-            let value =
-                json!({ "snapshots": removed.snapshots, "bytes_freed": removed.bytes_freed });
-            output.result(&value, |_| {
-                format!(
-                    "removed {}, {} freed",
-                    spec.model,
-                    bytes(removed.bytes_freed)
-                )
-            })
-        }
+        Command::Pin { spec, name } => pin(client, output, &spec, name).await,
+        Command::Unpin { spec, name } => unpin(client, output, &spec, name).await,
+        Command::Rm { spec } => rm(client, output, &spec).await,
         Command::Gc { partial } => gc(client, output, partial).await,
         Command::Verify { model, files } => verify(client, output, model, files).await,
         #[cfg(feature = "demo")]
         Command::Demo(_) => unreachable!("it needs no backend"),
         Command::Completions { .. } | Command::Man { .. } => unreachable!("they need no backend"),
     }
+}
+
+async fn pin(client: &mut Client, output: Output, spec: &Spec, name: String) -> anyhow::Result<()> {
+    let request = wire::PinRequest {
+        model: Some(wire_spec(spec)),
+        name,
+    };
+    let snapshot = ask(client.pin(request).await)?.snapshot.unwrap_or_default();
+    let holders = snapshot.pinned_by.join(", ");
+    output.result(&snapshot_json(&snapshot), |_| {
+        format!("{} is held by {holders}", snapshot.model)
+    })
+}
+
+async fn unpin(
+    client: &mut Client,
+    output: Output,
+    spec: &Spec,
+    name: String,
+) -> anyhow::Result<()> {
+    let request = wire::UnpinRequest {
+        model: Some(wire_spec(spec)),
+        name: name.clone(),
+    };
+    let answer = ask(client.unpin(request).await)?;
+    let snapshot = answer.snapshot.unwrap_or_default();
+    let mut value = snapshot_json(&snapshot);
+    value["released"] = answer.released.into();
+    let did = if answer.released {
+        "no longer holds"
+    } else {
+        "did not hold"
+    };
+    output.result(&value, |_| {
+        format!("operator/{name} {did} {}", snapshot.model)
+    })
+}
+
+async fn rm(client: &mut Client, output: Output, spec: &Spec) -> anyhow::Result<()> {
+    let request = wire::RemoveRequest {
+        model: Some(wire_spec(spec)),
+    };
+    let removed = ask(client.remove(request).await)?;
+    let value = json!({ "snapshots": removed.snapshots, "bytes_freed": removed.bytes_freed });
+    let freed = bytes(removed.bytes_freed);
+    output.result(&value, |_| format!("removed {}, {freed} freed", spec.model))
 }
 
 fn wire_spec(spec: &Spec) -> wire::ModelSpec {

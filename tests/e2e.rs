@@ -1,0 +1,5 @@
+//! What a user sees: the real binaries against stand-in origins on loopback.
+
+mod e2e {
+    mod harness;
+}
