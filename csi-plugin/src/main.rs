@@ -1,2 +1,91 @@
-//! x
-fn main() {}
+//! `weightd-csi`: serves kubelet on a socket.
+
+use std::io::{self, IsTerminal};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::Parser;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+use weightd_csi::endpoint::Endpoint;
+
+/// The CSI plugin of weightd: mounts verified model weights, read-only, into pods.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    /// The socket on which kubelet calls: unix:///path/to/csi.sock
+    #[arg(long, env = "CSI_ENDPOINT", value_name = "URL")]
+    endpoint: Endpoint,
+
+    /// The name of this node, as the Node object has it
+    #[arg(long, value_name = "NAME")]
+    node_id: String,
+
+    /// The daemon's socket
+    #[arg(
+        long,
+        env = "WEIGHTD_SOCKET",
+        value_name = "PATH",
+        default_value = "/run/weightd/weightd.sock"
+    )]
+    daemon_socket: PathBuf,
+
+    /// How to reach the API server, which is asked for pod annotations; the pod's service account if left out
+    #[arg(long, value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    log();
+    match run(arguments).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(error = format!("{error:#}"), "plugin failed");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(arguments: Arguments) -> anyhow::Result<()> {
+    // Before the socket is there: a signal that comes as soon as it is must already be caught.
+    let mut terminate = signal(SignalKind::terminate()).context("cannot catch SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot catch SIGINT")?;
+    let listening = arguments
+        .endpoint
+        .listen()
+        .await
+        .with_context(|| format!("cannot serve {}", arguments.endpoint))?;
+    tracing::info!(
+        endpoint = %arguments.endpoint,
+        node_id = arguments.node_id,
+        daemon_socket = %arguments.daemon_socket.display(),
+        kubeconfig = arguments.kubeconfig.map(|path| path.display().to_string()),
+        version = env!("CARGO_PKG_VERSION"),
+        "listening"
+    );
+    let stop = async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    };
+    weightd_csi::serve(listening, stop)
+        .await
+        .with_context(|| format!("cannot go on serving {}", arguments.endpoint))
+}
+
+/// Logs to stderr: for people on a terminal, else one JSON object a line. `RUST_LOG` chooses what.
+fn log() {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr);
+    if io::stderr().is_terminal() {
+        subscriber.init();
+    } else {
+        subscriber.json().flatten_event(true).init();
+    }
+}

@@ -1,0 +1,28 @@
+# `just` lists the recipes; `.ci/run` does not need it.
+
+_default:
+    @just --list --unsorted
+
+# Format, lints, dependency rules
+check:
+    .ci/run fmt clippy deny
+
+# Unit and end-to-end tests on loopback
+test *arguments:
+    cargo test --workspace {{ arguments }}
+
+# The tests that need programs other than ours
+e2e-outside:
+    tests/outside/run
+
+# Measure: `just bench prefetch`
+bench *arguments:
+    cargo bench -p weightd {{ arguments }}
+
+# The main job, offline, on an embedded origin
+demo *arguments:
+    cargo run --release -p weightd --bin weightctl -- demo {{ arguments }}
+
+# API documentation; a warning fails
+docs:
+    .ci/run docs
