@@ -821,3 +821,5 @@ async fn a_login_page_is_no_proof_that_one_may_read() {
     let error = source.authorise(&sha()).await.unwrap_err();
     assert!(matches!(error, SourceError::Invalid { .. }), "{error}");
 }
+
+mod standin;
