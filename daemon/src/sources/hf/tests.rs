@@ -152,21 +152,11 @@ impl World {
                 hub(seen, || format!("{address}/blob?sig={}", next()))
             })
         });
-        let ms = Duration::from_millis;
-        let timing = Timing {
-            header: ms(2_000),
-            backoff: ms(5),
-            limit: Waits {
-                margin: ms(20),
-                longest: ms(5_000),
-            },
-            ..Timing::default()
-        };
         Self {
             hub: hub.await,
             cdn,
             valid,
-            clients: HfClients::with_timing(timing).unwrap(),
+            clients: clients(),
         }
     }
 
@@ -179,6 +169,21 @@ impl World {
         let listing = list(&source).await.unwrap();
         (source, listing)
     }
+}
+
+/// Clients that wait milliseconds where a user's wait seconds.
+fn clients() -> Arc<HfClients> {
+    let ms = Duration::from_millis;
+    let timing = Timing {
+        header: ms(10_000),
+        backoff: ms(5),
+        limit: Waits {
+            margin: ms(20),
+            longest: ms(5_000),
+        },
+        ..Timing::default()
+    };
+    HfClients::with_timing(timing).unwrap()
 }
 
 fn source_at(url: &str, clients: &Arc<HfClients>, model: &str, token: Option<&str>) -> HfSource {
@@ -816,3 +821,5 @@ async fn a_login_page_is_no_proof_that_one_may_read() {
     let error = source.authorise(&sha()).await.unwrap_err();
     assert!(matches!(error, SourceError::Invalid { .. }), "{error}");
 }
+
+mod standin;
