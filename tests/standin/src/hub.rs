@@ -28,6 +28,7 @@ use crate::log::Request;
 use crate::server::{self, Owner};
 use crate::watch::Watch;
 
+pub(crate) use file::walk;
 pub use file::{File, Files};
 pub use quota::Quota;
 pub use repo::{Gated, Repo};
@@ -159,6 +160,11 @@ impl Hub {
         self.state.change(|repos| {
             repos.insert(repo.id().to_owned(), repo);
         });
+    }
+
+    /// A repo as it stands.
+    pub fn repo(&self, id: &str) -> Option<Repo> {
+        self.state.repo(id)
     }
 
     /// Changes a repo, for instance by a further [`Repo::commit`] to a branch.
