@@ -217,12 +217,12 @@ impl Hub {
         self.state.watch.log.clear();
     }
 
-    /// Bytes of body sent by both origins for paths that contain `path`.
+    /// Bytes of body sent with 200 or 206 by both origins for paths that contain `path`.
     pub fn bytes_sent(&self, path: &str) -> u64 {
         self.state.watch.log.bytes_sent(None, path)
     }
 
-    /// Bytes of body sent by the CDN.
+    /// Bytes of body sent with 200 or 206 by the CDN.
     pub fn cdn_bytes_sent(&self) -> u64 {
         self.state.watch.log.bytes_sent(Some(Origin::Cdn), "")
     }

@@ -344,7 +344,7 @@ impl S3Server {
         self.state.watch.log.clear();
     }
 
-    /// Bytes of body sent for paths that contain `path`.
+    /// Bytes of body sent with 200 or 206 for paths that contain `path`.
     pub fn bytes_sent(&self, path: &str) -> u64 {
         self.state.watch.log.bytes_sent(None, path)
     }
