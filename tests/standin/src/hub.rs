@@ -28,6 +28,7 @@ use crate::log::Request;
 use crate::server::{self, Owner};
 use crate::watch::Watch;
 
+pub(crate) use file::walk;
 pub use file::{File, Files};
 pub use quota::Quota;
 pub use repo::{Gated, Repo};
@@ -161,6 +162,11 @@ impl Hub {
         });
     }
 
+    /// A repo as it stands.
+    pub fn repo(&self, id: &str) -> Option<Repo> {
+        self.state.repo(id)
+    }
+
     /// Changes a repo, for instance by a further [`Repo::commit`] to a branch.
     ///
     /// # Panics
@@ -211,12 +217,12 @@ impl Hub {
         self.state.watch.log.clear();
     }
 
-    /// Bytes of body sent by both origins for paths that contain `path`.
+    /// Bytes of body sent with 200 or 206 by both origins for paths that contain `path`.
     pub fn bytes_sent(&self, path: &str) -> u64 {
         self.state.watch.log.bytes_sent(None, path)
     }
 
-    /// Bytes of body sent by the CDN.
+    /// Bytes of body sent with 200 or 206 by the CDN.
     pub fn cdn_bytes_sent(&self) -> u64 {
         self.state.watch.log.bytes_sent(Some(Origin::Cdn), "")
     }

@@ -26,3 +26,4 @@ pub use content::Pattern;
 pub use fault::{Fault, FaultKind, Origin, Times};
 pub use hub::{File, Files, Gated, Hub, HubConfig, Quota, Repo};
 pub use log::Request;
+pub use s3::{Checksum, PutOptions, S3Config, S3Server, Stored};

@@ -116,22 +116,23 @@ impl Log {
         }
     }
 
-    /// Bytes of body sent for paths that contain `path`.
+    /// Bytes of body sent with 200 or 206 for paths that contain `path`.
     pub(crate) fn bytes_sent(&self, origin: Option<Origin>, path: &str) -> u64 {
         self.requests()
             .iter()
             .filter(|request| origin.is_none_or(|origin| origin == request.origin))
+            .filter(|request| matches!(request.status, 200 | 206))
             .filter(|request| request.decoded_path().contains(path))
             .map(|request| request.bytes_sent)
             .sum()
     }
 
-    /// Bytes of body sent for this very path, as it stands in the request line.
+    /// Bytes of body sent with 200 or 206 for this very path, as it stands in the request line.
     pub(crate) fn bytes_of(&self, path: &str) -> u64 {
         let lines = lock(&self.lines);
         let requests = lines.entries.iter().map(|entry| lock(&entry.0));
         requests
-            .filter(|request| request.path == path)
+            .filter(|request| request.path == path && matches!(request.status, 200 | 206))
             .map(|request| request.bytes_sent)
             .sum()
     }

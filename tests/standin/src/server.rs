@@ -19,6 +19,9 @@ use crate::outgoing::Outgoing;
 /// How long to wait after a failed accept, which is for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
+/// How long a thread that still reads a file may keep a dropped origin from being gone.
+const STOP_TIMEOUT: Duration = Duration::from_secs(1);
+
 pub(crate) fn bind(address: SocketAddr) -> io::Result<(TcpListener, SocketAddr)> {
     let listener = TcpListener::bind(address)?;
     listener.set_nonblocking(true)?;
@@ -118,7 +121,8 @@ where
                 let _ = started.send(start().map(|(value, _)| value));
                 let _ = stopped.await;
             });
-            runtime.shutdown_background();
+            // Waits until the tasks, and with them the sockets, are gone.
+            runtime.shutdown_timeout(STOP_TIMEOUT);
         })?;
     let owner = Owner::Thread {
         stop: Some(stop),

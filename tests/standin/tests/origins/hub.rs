@@ -1,5 +1,7 @@
 //! The Hub's endpoints and errors.
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -367,7 +369,18 @@ async fn lies_are_told_as_asked() {
 fn a_hub_runs_without_a_runtime_and_stops_when_dropped() {
     let hub = Hub::spawn_thread(HubConfig::default()).expect("start");
     let address = hub.endpoint().trim_start_matches("http://").to_owned();
-    assert!(std::net::TcpStream::connect(&address).is_ok());
+    let mut open = TcpStream::connect(&address).expect("connect");
+    open.write_all(b"GET /api/models/org/absent HTTP/1.1\r\nHost: x\r\n\r\n")
+        .expect("write");
+    let mut start = [0; 12];
+    open.read_exact(&mut start).expect("read");
+    assert_eq!(&start, b"HTTP/1.1 401");
+
     drop(hub);
-    assert!(std::net::TcpStream::connect(&address).is_err());
+
+    // What is left of the answer, and then the end instead of waiting for a second request.
+    open.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    let ended = open.read_to_end(&mut Vec::new());
+    let timed_out = ended.is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock);
+    assert!(!timed_out);
 }

@@ -4,3 +4,4 @@ mod cdn;
 mod client;
 mod faults;
 mod hub;
+mod s3;
