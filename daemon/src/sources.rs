@@ -1,48 +1,66 @@
 //! The places that models come from, one file a vendor.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use weightd_core::model::{ModelRef, Scheme};
 use weightd_core::source::{Source, SourceError, Sources};
 
+use self::directory::DirectorySource;
 use self::hf::{HfClients, HfConfig, HfConfigError, HfSource};
+use self::s3::{S3Clients, S3Config, S3Source};
 
+pub mod directory;
 pub mod hf;
+pub mod s3;
 
 /// The sources of one process, with this process's own credentials.
 pub struct Origins {
     hf: (Arc<HfClients>, HfConfig),
+    s3: Arc<S3Clients>,
+    /// The directories that `file://` may name; `None` for all.
+    directories: Option<Arc<[PathBuf]>>,
 }
 
 impl Origins {
+    /// Sources as a configuration says. `directories` limits what `file://` may name.
+    ///
+    /// # Errors
+    ///
+    /// [`HfConfigError::Client`] if no TLS can be set up.
+    pub fn new(
+        hf: HfConfig,
+        s3: S3Config,
+        directories: Option<Vec<PathBuf>>,
+    ) -> Result<Self, HfConfigError> {
+        Ok(Self {
+            hf: (HfClients::new()?, hf),
+            s3: Arc::new(S3Clients::new(s3)),
+            directories: directories.map(Arc::from),
+        })
+    }
+
     /// As the environment says, for a user's own process.
     ///
     /// # Errors
     ///
     /// [`HfConfigError`] if what it says of the Hub cannot be used.
     pub fn from_env() -> Result<Self, HfConfigError> {
-        Ok(Self {
-            hf: (HfClients::new()?, HfConfig::from_env()?),
-        })
+        Self::new(HfConfig::from_env()?, S3Config::default(), None)
     }
 }
 
 impl Sources for Origins {
     fn open(&self, model: &ModelRef) -> Result<Arc<dyn Source>, SourceError> {
-        match model.scheme() {
-            Scheme::Hf => {
-                let (clients, config) = &self.hf;
-                Ok(Arc::new(HfSource::new(
-                    Arc::clone(clients),
-                    config.clone(),
-                    model.clone(),
-                )))
-            }
-            Scheme::S3 | Scheme::File => Err(SourceError::Invalid {
-                what: model.to_string(),
-                detail: "not yet".to_owned(),
-                hint: None,
-            }),
-        }
+        let named = model.clone();
+        Ok(match model.scheme() {
+            Scheme::Hf => Arc::new(HfSource::new(
+                Arc::clone(&self.hf.0),
+                self.hf.1.clone(),
+                named,
+            )),
+            Scheme::S3 => Arc::new(S3Source::new(Arc::clone(&self.s3), named)),
+            Scheme::File => Arc::new(DirectorySource::new(named, self.directories.clone())),
+        })
     }
 }
