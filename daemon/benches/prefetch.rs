@@ -9,6 +9,8 @@
 //! and drops them, `write` writes as many bytes and syncs, `hash` is SHA-256 on one core. Processor time
 //! and memory are those of the client alone.
 
+#![allow(clippy::print_stdout, reason = "its result is what it prints")]
+
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};

@@ -1,0 +1,518 @@
+//! What an operator sets: one TOML file, every value checked before any socket opens.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use weightd_core::fetch::{FetchLimits, FetchRequest};
+use weightd_core::model::{ModelRef, Patterns};
+use weightd_core::store::{Holder, StoreLimits};
+
+use crate::sources::hf::{HfConfig, HfConfigError};
+use crate::sources::s3::S3Config;
+use crate::telemetry::LogFormat;
+
+mod settings;
+mod units;
+
+pub use settings::{SETTINGS, Setting};
+pub use units::{Bytes, Span};
+
+/// The daemon's configuration. A key that is left out has its default.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[allow(
+    missing_docs,
+    reason = "SETTINGS says what each key means, and a test that none is missing"
+)]
+pub struct Config {
+    pub root: PathBuf,
+    pub socket: PathBuf,
+    pub socket_uids: Vec<u32>,
+    pub store: StoreSection,
+    pub fetch: FetchSection,
+    pub hf: HfSection,
+    pub s3: S3Section,
+    pub file: FileSection,
+    pub scrub: ScrubSection,
+    pub metrics: MetricsSection,
+    pub log: LogSection,
+    pub shutdown: ShutdownSection,
+    pub prefetch: Vec<Prefetch>,
+}
+
+macro_rules! section {
+    ($name:ident { $($field:ident: $type:ty = $default:expr,)* }) => {
+        #[allow(missing_docs, reason = "SETTINGS says what each key means")]
+        #[derive(Debug, Clone, Serialize, Deserialize)]
+        #[serde(default, deny_unknown_fields)]
+        pub struct $name { $(pub $field: $type,)* }
+
+        impl Default for $name {
+            fn default() -> Self {
+                Self { $($field: $default,)* }
+            }
+        }
+    };
+}
+
+section!(StoreSection {
+    high_watermark_percent: u8 = 80,
+    low_watermark_percent: u8 = 70,
+    max_bytes: Option<Bytes> = None,
+    keep_partial: Span = Span::hours(7 * 24),
+});
+section!(FetchSection {
+    connections: usize = FetchLimits::default().connections,
+    memory: Bytes = Bytes(FetchLimits::default().memory_bytes),
+    part: Bytes = Bytes(FetchLimits::default().part_bytes),
+    files_in_flight: usize = FetchLimits::default().files_in_flight,
+    attempts: u32 = FetchLimits::default().attempts,
+    stall_timeout: Span = Span(FetchLimits::default().stall_timeout),
+});
+section!(HfSection { endpoint: Option<String> = None, token_file: Option<PathBuf> = None, });
+section!(S3Section {
+    endpoint: Option<String> = None,
+    region: Option<String> = None,
+    anonymous: bool = false,
+});
+section!(FileSection { allow: Vec<PathBuf> = Vec::new(), });
+section!(ScrubSection {
+    interval: Span = Span::hours(7 * 24),
+    bytes_per_second: Bytes = Bytes(50 << 20),
+});
+section!(MetricsSection { listen: Option<SocketAddr> = None, });
+section!(LogSection {
+    format: LogFormat = LogFormat::Auto,
+    level: String = "info".to_owned(),
+});
+section!(ShutdownSection {
+    deadline: Span = Span(Duration::from_secs(20)),
+});
+
+/// A model that the daemon keeps here.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Prefetch {
+    /// As `weightctl prefetch` takes it.
+    pub model: ModelRef,
+    /// Globs that replace the default set of files.
+    #[serde(default)]
+    pub include: Vec<String>,
+    /// Globs that take files away.
+    #[serde(default)]
+    pub exclude: Vec<String>,
+    /// Hold it as `operator/<pin>`.
+    #[serde(default)]
+    pub pin: Option<String>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            root: "/var/lib/weightd".into(),
+            socket: "/run/weightd/weightd.sock".into(),
+            socket_uids: Vec::new(),
+            store: StoreSection::default(),
+            fetch: FetchSection::default(),
+            hf: HfSection::default(),
+            s3: S3Section::default(),
+            file: FileSection::default(),
+            scrub: ScrubSection::default(),
+            metrics: MetricsSection::default(),
+            log: LogSection::default(),
+            shutdown: ShutdownSection::default(),
+            prefetch: Vec::new(),
+        }
+    }
+}
+
+/// The configuration cannot be used. The message names the file or key, and what is allowed.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration `{}`", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// It is not TOML, or has a key that does not exist, or a value of the wrong type.
+    #[error("the configuration `{}` is wrong", path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Where, and in which way.
+        #[source]
+        source: Box<toml::de::Error>,
+    },
+    /// A value makes no sense.
+    #[error("the setting `{key}` is wrong: {reason}")]
+    Value {
+        /// The key, with its section.
+        key: String,
+        /// What is allowed.
+        reason: String,
+    },
+    /// The Hub's settings cannot be used.
+    #[error("the settings in [hf] are wrong")]
+    Hf(#[from] HfConfigError),
+}
+
+fn ensure(good: bool, key: &str, reason: &str) -> Result<(), ConfigError> {
+    let error = || ConfigError::Value { key: key.to_owned(), reason: reason.to_owned() };
+    if good { Ok(()) } else { Err(error()) }
+}
+
+impl Config {
+    /// Reads the file at `path`; [`Config::check`] then checks its values.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError`].
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path);
+        let text = text.map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        let parsed = toml::from_str::<Self>(&text);
+        parsed.map_err(|source| ConfigError::Parse {
+            path: path.to_owned(),
+            source: Box::new(source),
+        })
+    }
+
+    /// Checks what types alone do not.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError`] for the first value that makes no sense.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        self.check_store()?;
+        self.check_fetch()?;
+        self.check_rest()?;
+        self.hf_config()?;
+        self.requests().map(|_| ())
+    }
+
+    fn check_store(&self) -> Result<(), ConfigError> {
+        let store = &self.store;
+        ensure(self.root.is_absolute(), "root", "it is an absolute path")?;
+        ensure(
+            self.socket.is_absolute(),
+            "socket",
+            "it is an absolute path",
+        )?;
+        // Source: sun_path of unix(7), less the ending of its temporary name.
+        ensure(
+            self.socket.as_os_str().len() <= 100,
+            "socket",
+            "it has at most 100 bytes",
+        )?;
+        let marks = (1..=99).contains(&store.high_watermark_percent);
+        ensure(
+            marks,
+            "store.high_watermark_percent",
+            "it is between 1 and 99",
+        )?;
+        let below = (1..=store.high_watermark_percent).contains(&store.low_watermark_percent);
+        ensure(
+            below,
+            "store.low_watermark_percent",
+            "it is between 1 and the high watermark",
+        )?;
+        Ok(())
+    }
+
+    fn check_fetch(&self) -> Result<(), ConfigError> {
+        let fetch = &self.fetch;
+        ensure(
+            (1..=1024).contains(&fetch.connections),
+            "fetch.connections",
+            "it is between 1 and 1024",
+        )?;
+        let each = fetch.memory.0 / fetch.connections.max(1) as u64;
+        ensure(
+            each >= 64 << 10,
+            "fetch.memory",
+            "it is at least 64 KiB for each of fetch.connections",
+        )?;
+        let part = (1 << 20..=1 << 30).contains(&fetch.part.0);
+        ensure(part, "fetch.part", "it is between 1 MiB and 1 GiB")?;
+        ensure(
+            (1..=64).contains(&fetch.files_in_flight),
+            "fetch.files_in_flight",
+            "it is between 1 and 64",
+        )?;
+        ensure(
+            (1..=100).contains(&fetch.attempts),
+            "fetch.attempts",
+            "it is between 1 and 100",
+        )?;
+        let stall = (1..=600).contains(&fetch.stall_timeout.0.as_secs());
+        ensure(stall, "fetch.stall_timeout", "it is between 1 s and 10 min")?;
+        Ok(())
+    }
+
+    fn check_rest(&self) -> Result<(), ConfigError> {
+        ensure(
+            self.scrub.bytes_per_second.0 > 0,
+            "scrub.bytes_per_second",
+            "it is more than 0",
+        )?;
+        let absolute = self.file.allow.iter().all(|path| path.is_absolute());
+        ensure(absolute, "file.allow", "all are absolute paths")?;
+        if let Some(endpoint) = &self.s3.endpoint {
+            let url = url::Url::parse(endpoint);
+            let good = url.is_ok_and(|url| {
+                matches!(url.scheme(), "http" | "https") && url.username().is_empty()
+            });
+            ensure(
+                good,
+                "s3.endpoint",
+                "it begins with https:// or http:// and a host",
+            )?;
+        }
+        let filter = tracing_subscriber::EnvFilter::try_new(&self.log.level);
+        ensure(
+            filter.is_ok(),
+            "log.level",
+            "it is error, warn, info, debug, trace or a filter of RUST_LOG's form",
+        )?;
+        Ok(())
+    }
+
+    /// The store's limits.
+    #[must_use]
+    pub fn store_limits(&self) -> StoreLimits {
+        StoreLimits {
+            high_percent: self.store.high_watermark_percent,
+            low_percent: self.store.low_watermark_percent,
+            max_bytes: self.store.max_bytes.map(|bytes| bytes.0),
+            keep_partial: self.store.keep_partial.0,
+        }
+    }
+
+    /// The fetcher's limits.
+    #[must_use]
+    pub fn fetch_limits(&self) -> FetchLimits {
+        FetchLimits {
+            connections: self.fetch.connections,
+            memory_bytes: self.fetch.memory.0,
+            part_bytes: self.fetch.part.0,
+            files_in_flight: self.fetch.files_in_flight,
+            attempts: self.fetch.attempts,
+            stall_timeout: self.fetch.stall_timeout.0,
+        }
+    }
+
+    /// How the Hub is reached: the environment, and what the file says instead.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError::Hf`] or [`ConfigError::Read`].
+    pub fn hf_config(&self) -> Result<HfConfig, ConfigError> {
+        let environment = HfConfig::from_env()?;
+        let endpoint = match &self.hf.endpoint {
+            Some(endpoint) => url::Url::parse(endpoint).map_err(|error| ConfigError::Value {
+                key: "hf.endpoint".to_owned(),
+                reason: format!("it is a web address ({error})"),
+            })?,
+            None => environment.endpoint().clone(),
+        };
+        let token = match &self.hf.token_file {
+            Some(path) => {
+                let text = std::fs::read_to_string(path);
+                let text = text.map_err(|source| HfConfigError::TokenFile {
+                    path: path.clone(),
+                    source,
+                })?;
+                Some(text.into())
+            }
+            None => environment.token().cloned(),
+        };
+        Ok(HfConfig::new(endpoint, token)?)
+    }
+
+    /// How S3 is reached.
+    #[must_use]
+    pub fn s3_config(&self) -> S3Config {
+        let S3Section {
+            endpoint,
+            region,
+            anonymous,
+        } = self.s3.clone();
+        S3Config {
+            endpoint,
+            region,
+            anonymous,
+        }
+    }
+
+    /// The models to keep here.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError::Value`] for patterns or a pin that make no sense.
+    pub fn requests(&self) -> Result<Vec<FetchRequest>, ConfigError> {
+        let one = |entry: &Prefetch| -> Result<FetchRequest, String> {
+            let patterns = Patterns::new(entry.include.clone(), entry.exclude.clone());
+            let pin = entry.pin.as_deref().map(Holder::operator).transpose();
+            Ok(FetchRequest {
+                model: entry.model.clone(),
+                patterns: patterns.map_err(|error| error.to_string())?,
+                pin: pin.map_err(|error| error.to_string())?,
+            })
+        };
+        let wrong = |reason| ConfigError::Value {
+            key: "prefetch".to_owned(),
+            reason,
+        };
+        self.prefetch
+            .iter()
+            .map(|entry| one(entry).map_err(wrong))
+            .collect()
+    }
+}
+
+/// Every key with its value as it is written in TOML; a section's keys have its name before them.
+#[must_use]
+pub fn flatten(config: &Config) -> BTreeMap<String, String> {
+    fn walk(prefix: &str, value: &toml::Value, keys: &mut BTreeMap<String, String>) {
+        match value {
+            toml::Value::Table(table) => {
+                for (key, value) in table {
+                    let key = if prefix.is_empty() {
+                        key.clone()
+                    } else {
+                        format!("{prefix}.{key}")
+                    };
+                    walk(&key, value, keys);
+                }
+            }
+            value => {
+                keys.insert(prefix.to_owned(), value.to_string());
+            }
+        }
+    }
+    let mut keys = BTreeMap::new();
+    let value = toml::Value::try_from(config).expect("a configuration is TOML");
+    walk("", &value, &mut keys);
+    keys
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, String> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("weightd.toml");
+        std::fs::write(&path, text).unwrap();
+        let config = Config::read(&path).and_then(|config| config.check().map(|()| config));
+        config.map_err(|error| weightd_core::errors::Chain(&error).to_string())
+    }
+
+    #[test]
+    fn the_defaults_are_sound() {
+        parse("").unwrap();
+    }
+
+    #[test]
+    fn values_are_written_as_people_write_them() {
+        let config = parse(
+            r#"
+            root = "/data/weightd"
+            [store]
+            max_bytes = "1.5TiB"
+            [fetch]
+            memory = 33554432
+            stall_timeout = "1 min"
+            [[prefetch]]
+            model = "hf://org/model@main"
+            exclude = ["*.py"]
+            pin = "serving"
+            "#,
+        )
+        .unwrap();
+        assert_eq!(config.store_limits().max_bytes, Some(3 << 39));
+        assert_eq!(config.fetch_limits().memory_bytes, 32 << 20);
+        assert_eq!(config.fetch_limits().stall_timeout, Duration::from_secs(60));
+        assert_eq!(
+            config.requests().unwrap()[0]
+                .pin
+                .as_ref()
+                .unwrap()
+                .to_string(),
+            "operator/serving"
+        );
+    }
+
+    #[test]
+    fn a_mistake_is_named_with_what_is_allowed() {
+        for (text, words) in [
+            ("rooot = '/x'", &["unknown field `rooot`", "line 1"][..]),
+            ("[store]\nhigh = 3", &["unknown field `high`"]),
+            ("root = 'x'", &["`root`", "absolute"]),
+            (
+                "[store]\nhigh_watermark_percent = 60",
+                &["store.low_watermark_percent"],
+            ),
+            (
+                "[store]\nhigh_watermark_percent = 100",
+                &["store.high_watermark_percent", "99"],
+            ),
+            ("[store]\nmax_bytes = '3 bananas'", &["bananas", "GiB"]),
+            ("[fetch]\nconnections = 0", &["fetch.connections", "1024"]),
+            ("[fetch]\nmemory = '1MiB'", &["fetch.memory"]),
+            ("[fetch]\nstall_timeout = 'soon'", &["soon"]),
+            ("[hf]\nendpoint = 'ftp://x'", &["endpoint"]),
+            ("[hf]\ntoken_file = '/nowhere/token'", &["/nowhere/token"]),
+            ("[s3]\nendpoint = 'x'", &["s3.endpoint"]),
+            ("[log]\nformat = 'xml'", &["xml"]),
+            ("[metrics]\nlisten = '9100'", &["listen"]),
+            ("[[prefetch]]\nmodel = 'org/model'", &["hf://org/model"]),
+            (
+                "[[prefetch]]\nmodel = 'hf://org/model'\npin = 'a/b'",
+                &["prefetch", "a/b"],
+            ),
+        ] {
+            let error = parse(text).expect_err(text);
+            for word in words {
+                assert!(
+                    error.contains(word),
+                    "`{word}` is missing for {text}: {error}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn every_setting_is_described_with_its_default() {
+        // Keys without a default are not part of the serialised one.
+        let mut keys = flatten(&Config::default());
+        for key in [
+            "store.max_bytes",
+            "hf.endpoint",
+            "hf.token_file",
+            "s3.endpoint",
+            "s3.region",
+            "metrics.listen",
+        ] {
+            assert!(
+                keys.insert(key.to_owned(), String::new()).is_none(),
+                "{key} has a default"
+            );
+        }
+        let described: BTreeMap<String, String> = SETTINGS
+            .iter()
+            .map(|setting| (setting.key.to_owned(), setting.default.to_owned()))
+            .collect();
+        assert_eq!(described, keys);
+    }
+}

@@ -1,0 +1,48 @@
+//! What each setting means: the README's table is compared with this one.
+
+/// One key of the configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Setting {
+    /// The key, with its section before it.
+    pub key: &'static str,
+    /// Its default as it is written in TOML; empty if there is none.
+    pub default: &'static str,
+    /// What it does.
+    pub meaning: &'static str,
+}
+
+macro_rules! settings {
+    ($($key:literal = $default:literal: $meaning:literal;)*) => {
+        /// Every setting of the daemon.
+        pub const SETTINGS: &[Setting] = &[$(Setting { key: $key, default: $default, meaning: $meaning }),*];
+    };
+}
+
+settings! {
+    "root" = "\"/var/lib/weightd\"": "Directory of the store, on local NVMe";
+    "socket" = "\"/run/weightd/weightd.sock\"": "Unix socket of the control API, mode 0600";
+    "socket_uids" = "[]": "Users, beside root and the daemon's own, whose processes may use the socket";
+    "store.high_watermark_percent" = "80": "Evict when the file system would be fuller than this";
+    "store.low_watermark_percent" = "70": "Evict until the file system is no fuller than this";
+    "store.max_bytes" = "": "The most that the store may hold, such as \"1.5TiB\"; unset: as much as the watermarks allow";
+    "store.keep_partial" = "\"168h\"": "Keep a partial download that nobody goes on with for so long";
+    "fetch.connections" = "64": "Ranged reads at once, of all fetches together";
+    "fetch.memory" = "\"64MiB\"": "Bytes that may have arrived and not be written yet";
+    "fetch.part" = "\"16MiB\"": "Bytes of one ranged read";
+    "fetch.files_in_flight" = "8": "Large files worked on at once, of one fetch; each is hashed by one core";
+    "fetch.attempts" = "6": "Tries of one read or question that bring nothing";
+    "fetch.stall_timeout" = "\"15s\"": "Replace a connection over which nothing arrives for so long";
+    "hf.endpoint" = "": "Address of the Hub; unset: HF_ENDPOINT, else https://huggingface.co";
+    "hf.token_file" = "": "File that holds the daemon's own Hub token; unset: HF_TOKEN, HF_TOKEN_PATH";
+    "s3.endpoint" = "": "Address of S3; unset: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, else AWS";
+    "s3.region" = "": "Region; unset: AWS_REGION or the profile's, else what the bucket says";
+    "s3.anonymous" = "false": "Never sign requests: only public buckets can be read";
+    "file.allow" = "[]": "Directories that file:// models may lie below";
+    "scrub.interval" = "\"168h\"": "Hash the whole store again this often; \"0s\" never";
+    "scrub.bytes_per_second" = "\"50MiB\"": "How fast the scrub reads";
+    "metrics.listen" = "": "Address for /metrics, /healthz and /readyz, such as \"0.0.0.0:9808\"; unset: none";
+    "log.format" = "\"auto\"": "text, json, or auto: text on a terminal, else JSON";
+    "log.level" = "\"info\"": "error, warn, info, debug, trace, or a filter as RUST_LOG has it";
+    "shutdown.deadline" = "\"20s\"": "How long SIGTERM lets requests and fetches end";
+    "prefetch" = "[]": "Models to bring at start: tables with model, include, exclude, pin";
+}

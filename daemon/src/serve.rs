@@ -1,0 +1,268 @@
+//! The daemon: its socket, its metrics, and what it does by itself.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tonic::transport::Server;
+use weightd_core::blocking;
+use weightd_core::fetch::{FetchError, FetchRequest, Fetcher};
+use weightd_core::metrics::Metrics;
+use weightd_core::source::SourceError;
+use weightd_core::store::{Partial, Store, StoreError};
+use weightd_proto::weightd::v1::control_server::ControlServer;
+
+use crate::config::{Config, ConfigError};
+use crate::rpc::{ControlService, Engine};
+use crate::sources::Origins;
+use crate::sources::hf::HfConfigError;
+
+mod http;
+mod scrub;
+mod socket;
+
+/// Why the daemon does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The store cannot be used.
+    #[error("cannot open the store")]
+    Store(#[from] StoreError),
+    /// A setting cannot be used.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The Hub's client cannot be made.
+    #[error("cannot set up the Hub's client")]
+    Hf(#[from] HfConfigError),
+    /// Another daemon serves the socket.
+    #[error("another process serves {}", path.display())]
+    Taken {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// A socket cannot be served.
+    #[error("cannot {op} {on}")]
+    Listen {
+        /// What was tried.
+        op: &'static str,
+        /// On which socket or address.
+        on: String,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// The control API broke off.
+    #[error("the control API broke off")]
+    Control(#[from] tonic::transport::Error),
+}
+
+impl ServeError {
+    /// What the user can do about it, if there is something.
+    #[must_use]
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Store(error) => error.hint(),
+            Self::Taken { .. } => {
+                Some("stop it first, or give this one another --socket and --root".to_owned())
+            }
+            Self::Listen { .. } => {
+                Some("choose an address or path that this user may serve".to_owned())
+            }
+            Self::Config(_) | Self::Hf(_) | Self::Control(_) => None,
+        }
+    }
+}
+
+/// Runs the daemon until SIGTERM or SIGINT; a second one ends it at once.
+///
+/// # Errors
+///
+/// [`ServeError`] if it cannot start, or breaks off.
+pub async fn run(config: Config) -> Result<(), ServeError> {
+    let (root, limits) = (config.root.clone(), config.store_limits());
+    let requests = config.requests()?;
+    let sources = Origins::new(
+        config.hf_config()?,
+        config.s3_config(),
+        Some(config.file.allow.clone()),
+    )?;
+    let store = blocking::run(move || Store::open(&root, limits)).await?;
+    let metrics = Arc::new(Metrics::default());
+    let fetcher = Fetcher::new(
+        Arc::clone(&store),
+        Arc::new(sources),
+        config.fetch_limits(),
+        Arc::clone(&metrics),
+    );
+    let engine = Arc::new(Engine {
+        store,
+        fetcher,
+        metrics,
+    });
+    let daemon = Daemon {
+        engine,
+        ready: Arc::default(),
+        stop: CancellationToken::new(),
+        tasks: TaskTracker::new(),
+    };
+    let listener = socket::listen(&config.socket)?;
+    let metrics_server = match config.metrics.listen {
+        Some(address) => Some(daemon.serve_metrics(address).await?),
+        None => None,
+    };
+    tracing::info!(root = %daemon.engine.store.root().display(), socket = %config.socket.display(), "weightd started");
+    daemon.start_work(&config, requests).await?;
+    let control = Server::builder()
+        .add_service(ControlServer::new(ControlService::new(Arc::clone(
+            &daemon.engine,
+        ))))
+        .serve_with_incoming_shutdown(
+            socket::incoming(listener, config.socket_uids.clone()),
+            daemon.stop.clone().cancelled_owned(),
+        );
+    daemon.ready.store(true, Ordering::Relaxed);
+    let control = tokio::spawn(control);
+    let outcome = daemon
+        .until_stopped(control, config.shutdown.deadline.0)
+        .await;
+    drop(metrics_server);
+    socket::remove(&config.socket);
+    tracing::info!("weightd stopped");
+    outcome
+}
+
+struct Daemon {
+    engine: Arc<Engine>,
+    ready: Arc<AtomicBool>,
+    stop: CancellationToken,
+    tasks: TaskTracker,
+}
+
+/// Ends its task when it is dropped.
+struct Owned(tokio::task::JoinHandle<()>);
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Daemon {
+    async fn serve_metrics(&self, address: SocketAddr) -> Result<Owned, ServeError> {
+        let failed = |source| ServeError::Listen {
+            op: "serve metrics at",
+            on: address.to_string(),
+            source,
+        };
+        let listener = tokio::net::TcpListener::bind(address)
+            .await
+            .map_err(failed)?;
+        let address = listener.local_addr().map_err(failed)?;
+        tracing::info!(%address, "serving metrics");
+        let app = http::routes(Arc::clone(&self.engine), Arc::clone(&self.ready));
+        Ok(Owned(tokio::spawn(async move {
+            if let Err(error) = axum::serve(listener, app).await {
+                tracing::error!(%error, "metrics broke off");
+            }
+        })))
+    }
+
+    /// Clears what dead processes left, goes on with what they began, and starts what is configured.
+    async fn start_work(
+        &self,
+        config: &Config,
+        requests: Vec<FetchRequest>,
+    ) -> Result<(), ServeError> {
+        let store = Arc::clone(&self.engine.store);
+        let collected = blocking::run(move || store.collect(Partial::Stale)).await?;
+        tracing::debug!(?collected, "store swept");
+        let fetcher = Arc::clone(&self.engine.fetcher);
+        fetcher.resume()?;
+        for request in requests {
+            let (fetcher, stop) = (Arc::clone(&self.engine.fetcher), self.stop.clone());
+            self.tasks.spawn(async move {
+                tokio::select! {
+                    () = stop.cancelled() => {}
+                    () = keep_trying(&fetcher, request) => {}
+                }
+            });
+        }
+        if !config.scrub.interval.0.is_zero() {
+            let (engine, stop) = (Arc::clone(&self.engine), self.stop.clone());
+            let (interval, rate) = (config.scrub.interval.0, config.scrub.bytes_per_second.0);
+            self.tasks.spawn(scrub::run(engine, interval, rate, stop));
+        }
+        Ok(())
+    }
+
+    /// Waits for a signal, then lets requests and fetches end.
+    async fn until_stopped(
+        &self,
+        mut control: tokio::task::JoinHandle<Result<(), tonic::transport::Error>>,
+        deadline: Duration,
+    ) -> Result<(), ServeError> {
+        let listen = |kind| {
+            signal(kind).map_err(|source| ServeError::Listen {
+                op: "listen for",
+                on: "signals".into(),
+                source,
+            })
+        };
+        let (mut terminate, mut interrupt) = (
+            listen(SignalKind::terminate())?,
+            listen(SignalKind::interrupt())?,
+        );
+        tokio::select! {
+            ended = &mut control => return Ok(ended.expect("the control API does not panic")?),
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!(deadline_s = deadline.as_secs(), "stopping");
+        self.ready.store(false, Ordering::Relaxed);
+        self.stop.cancel();
+        self.tasks.close();
+        let end = Instant::now() + deadline;
+        let drain = async {
+            // Fetches first: the clients that wait for them are then told, and leave.
+            self.engine.fetcher.shutdown(deadline).await;
+            let _ = tokio::time::timeout_at(end, self.tasks.wait()).await;
+            if tokio::time::timeout_at(end, &mut control).await.is_err() {
+                tracing::warn!("clients did not leave in time");
+            }
+        };
+        tokio::select! {
+            () = drain => Ok(()),
+            _ = terminate.recv() => std::process::exit(130),
+            _ = interrupt.recv() => std::process::exit(130),
+        }
+    }
+}
+
+/// Fetches, and asks again later as long as the origin is only unavailable.
+async fn keep_trying(fetcher: &Arc<Fetcher>, request: FetchRequest) {
+    const LONGEST: Duration = Duration::from_secs(300);
+    let mut pause = Duration::from_secs(5);
+    loop {
+        match fetcher.fetch(request.clone()).wait().await {
+            Err(FetchError::Source {
+                source: SourceError::Unavailable { .. },
+                ..
+            }) => {}
+            Err(error @ (FetchError::Stopped { .. } | FetchError::Defect { .. })) => {
+                tracing::debug!(%error, "prefetch ended");
+                return;
+            }
+            // The fetcher has logged it: asking again is no use.
+            Ok(_) | Err(_) => return,
+        }
+        tracing::info!(model = %request.model, pause_s = pause.as_secs(), "trying again later");
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LONGEST);
+    }
+}
