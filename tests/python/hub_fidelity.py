@@ -87,6 +87,8 @@ def requests(endpoint):
 
 
 def check_downloads(endpoint, roots, work):
+    import hf_xet  # noqa: F401  without it the second download would prove nothing
+
     hf_download(endpoint, roots["main"], work, "without-xet", HF_HUB_DISABLE_XET="1")
     hf_download(endpoint, roots["main"], work, "with-xet", HF_HUB_DISABLE_XET="0")
     hf_download(endpoint, roots["main"], work, "with-token", HF_TOKEN=GOOD)

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, anyhow};
 use clap::{Args, Parser, Subcommand};
 use serde_json::{Value, json};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 use weightd_standin::{Files, Gated, Hub, HubConfig, Repo, S3Config, S3Server, generate};
 
@@ -93,11 +93,13 @@ struct GenerateArgs {
 
 #[tokio::main]
 async fn main() -> Result<()> {
+    // Before anything is printed: whoever reads the endpoints may send SIGTERM at once.
+    let terminated = signal(SignalKind::terminate()).context("cannot await SIGTERM")?;
     match Cli::parse().origin {
         Origin::Hub(args) => {
             let hub = start_hub(&args).await?;
             say(&json!({"endpoint": hub.endpoint(), "cdn_endpoint": hub.cdn_endpoint()}))?;
-            until_told().await
+            until_told(terminated).await
         }
         Origin::S3(args) => {
             let s3 = start_s3(&args).await?;
@@ -106,7 +108,7 @@ async fn main() -> Result<()> {
                 "access_key": s3.access_key(),
                 "secret_key": s3.secret_key(),
             }))?;
-            until_told().await
+            until_told(terminated).await
         }
         Origin::Generate(args) => {
             let files =
@@ -195,8 +197,7 @@ fn say(line: &Value) -> Result<()> {
 }
 
 /// Returns when stdin closes or SIGTERM comes.
-async fn until_told() -> Result<()> {
-    let mut terminated = signal(SignalKind::terminate()).context("cannot await SIGTERM")?;
+async fn until_told(mut terminated: Signal) -> Result<()> {
     let (close, closed) = oneshot::channel();
     // A thread of its own, which dies with the process: a read of stdin cannot be cancelled.
     std::thread::spawn(move || {
