@@ -164,7 +164,10 @@ pub enum ConfigError {
 }
 
 fn ensure(good: bool, key: &str, reason: &str) -> Result<(), ConfigError> {
-    let error = || ConfigError::Value { key: key.to_owned(), reason: reason.to_owned() };
+    let error = || ConfigError::Value {
+        key: key.to_owned(),
+        reason: reason.to_owned(),
+    };
     if good { Ok(()) } else { Err(error()) }
 }
 
