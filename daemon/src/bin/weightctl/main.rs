@@ -65,6 +65,16 @@ fn main() -> ExitCode {
     };
     weightd::telemetry::start_for_command_line(cli.global.verbose);
     weightd::process::raise_file_limit();
+    #[cfg(feature = "demo")]
+    if let args::Command::Demo(demo::DemoArgs {
+        inside: Some(tree), ..
+    }) = &cli.command
+    {
+        return match demo::inside(tree) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => explain(&error),
+        };
+    }
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {
