@@ -1,5 +1,7 @@
 //! What a user sees: the real binaries against stand-in origins on loopback.
 
 mod e2e {
+    mod daemon;
     mod harness;
+    mod s3;
 }

@@ -116,13 +116,15 @@ pub(crate) async fn run(output: Output, args: &DemoArgs) -> Result<()> {
     let cleaned = fs::remove_dir_all(&dir);
     let value = outcome?;
     cleaned.with_context(|| format!("cannot remove {}", dir.display()))?;
-    output.result(&value, |value| summary(value))
+    output.result(&value, summary)
 }
 
-fn play(output: Output, dir: &Path, size: u64) -> Result<Value> {
+/// The origins, and a user of them.
+fn set_up(output: Output, dir: &Path, size: u64) -> Result<User> {
     let bucket = dir.join("origin/bucket/models/demo");
     fs::create_dir_all(&bucket).with_context(|| format!("cannot create {}", bucket.display()))?;
-    generate::write_model(&bucket, 1, SHARDS as usize, size / SHARDS)?;
+    let shards = usize::try_from(SHARDS).expect("a handful");
+    generate::write_model(&bucket, 1, shards, size / SHARDS)?;
     let user = User {
         root: dir.join("store"),
         hub: Hub::spawn_thread(HubConfig::default())?,
@@ -148,7 +150,11 @@ fn play(output: Output, dir: &Path, size: u64) -> Result<Value> {
         "A model of {} in {SHARDS} shards, at a stand-in Hub and in an S3 bucket on loopback.",
         bytes(size)
     ));
+    Ok(user)
+}
 
+fn play(output: Output, dir: &Path, size: u64) -> Result<Value> {
+    let user = set_up(output, dir, size)?;
     let hub = user.step(
         "1. From the Hub, into an empty store:",
         &["prefetch", "hf://org/model"],
@@ -237,8 +243,8 @@ pub(crate) fn inside(tree: &Path) -> Result<()> {
         let value = json!({ "mounted": false, "reason": format!("{error:#}") });
         return Output(crate::args::Format::Json).result(&value, |_| String::new());
     }
-    let target = tree.with_file_name("mounted");
-    fs::create_dir(&target)?;
+    let target = std::env::temp_dir().join(format!("weightd-demo-mount-{}", std::process::id()));
+    fs::create_dir(&target).with_context(|| format!("cannot create {}", target.display()))?;
     let none = None::<&Path>;
     mount(Some(tree), &target, none, MsFlags::MS_BIND, none).context("cannot bind the tree")?;
     // Linux ignores the other flags on the first bind, so a second call sets them.

@@ -1,0 +1,294 @@
+//! The daemon as an operator sees it: its socket, its signals, its restarts.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::process::Command;
+
+use weightd_standin::{Fault, FaultKind, Files, Hub, HubConfig, Origin, Pattern, Repo, generate};
+
+use super::harness::{Ran, Running, Sandbox, assert_sound, run, wait_until};
+
+struct Daemon {
+    hub: Hub,
+    sandbox: Sandbox,
+}
+
+impl Daemon {
+    fn new() -> Self {
+        let hub = Hub::spawn_thread(HubConfig::default()).expect("a hub");
+        hub.add_repo(
+            Repo::new("org/model")
+                .commit("main", Files::new().model(generate::model(1, 2, 300_000))),
+        );
+        Self {
+            hub,
+            sandbox: Sandbox::new(),
+        }
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.sandbox.path("weightd.sock")
+    }
+
+    fn command(&self) -> Command {
+        let mut command = self.sandbox.bare(env!("CARGO_BIN_EXE_weightd"));
+        command
+            .arg("--root")
+            .arg(self.sandbox.root())
+            .arg("--socket")
+            .arg(self.socket());
+        command.env("HF_ENDPOINT", self.hub.endpoint());
+        command
+    }
+
+    fn start(&self) -> Running {
+        let running = Running::start(&mut self.command());
+        wait_until("the daemon answers", || {
+            self.ask(&["status"]).code == Some(0)
+        });
+        running
+    }
+
+    /// `weightctl` on the daemon's socket.
+    fn client(&self) -> Command {
+        let mut command = self.sandbox.bare(env!("CARGO_BIN_EXE_weightctl"));
+        command
+            .arg("--socket")
+            .arg(self.socket())
+            .args(["--output", "json"]);
+        command
+    }
+
+    fn ask(&self, words: &[&str]) -> Ran {
+        run(self.client().args(words))
+    }
+}
+
+fn terminate(running: &mut Running) {
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(running.pid()).expect("a pid"));
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("it lives");
+}
+
+#[test]
+fn a_command_does_the_same_with_a_daemon() {
+    let daemon = Daemon::new();
+    let mut running = daemon.start();
+    let mode = std::fs::metadata(daemon.socket())
+        .expect("the socket")
+        .permissions()
+        .mode();
+    assert_eq!(mode & 0o777, 0o600);
+
+    let fetched = daemon
+        .ask(&["prefetch", "hf://org/model", "--pin", "serving"])
+        .json();
+
+    assert_eq!(fetched["bytes_fetched"], fetched["bytes"]);
+    assert_eq!(
+        daemon.ask(&["path", "hf://org/model"]).json()["path"],
+        fetched["path"]
+    );
+    assert_eq!(
+        daemon.ask(&["ls"]).json()[0]["pinned_by"][0],
+        "operator/serving"
+    );
+    daemon
+        .ask(&["rm", "hf://org/model"])
+        .failed(1, &["operator/serving", "unpin"]);
+    daemon
+        .ask(&["prefetch", "file:///etc"])
+        .failed(1, &["denied", "file.allow"]);
+    daemon
+        .ask(&["prefetch", "hf://org/typo"])
+        .failed(1, &["org/typo", "not found"]);
+    terminate(&mut running);
+    assert_eq!(running.finish().code, Some(0));
+    assert!(!daemon.socket().exists());
+    daemon
+        .ask(&["ls"])
+        .failed(3, &["cannot reach the daemon", "hint:"]);
+}
+
+#[test]
+fn one_socket_has_one_daemon_and_a_dead_ones_is_replaced() {
+    let daemon = Daemon::new();
+    let mut first = daemon.start();
+    let second = run(&mut daemon.command());
+    assert_eq!(second.code, Some(1));
+    assert!(
+        second.stderr.contains("another process serves"),
+        "{second:?}"
+    );
+    first.kill();
+    assert!(daemon.socket().exists());
+    let _third = daemon.start();
+}
+
+#[test]
+fn a_client_that_leaves_cancels_nothing() {
+    let daemon = Daemon::new();
+    let _running = daemon.start();
+    let slow = FaultKind::Slow {
+        bytes_per_second: 300_000,
+    };
+    daemon.hub.fault(Fault::new(slow).on(Origin::Cdn).times(2));
+    let mut client = Running::start(daemon.client().args(["prefetch", "hf://org/model"]));
+    wait_until("bytes flow", || {
+        daemon
+            .hub
+            .requests()
+            .iter()
+            .any(|request| request.origin == Origin::Cdn)
+    });
+    client.kill();
+    wait_until("the model is here", || {
+        daemon.ask(&["path", "hf://org/model"]).code == Some(0)
+    });
+}
+
+#[test]
+fn a_killed_daemon_goes_on_by_itself_where_it_was() {
+    let daemon = Daemon::new();
+    let size = 64 << 20;
+    let pattern = Pattern::Noise(3);
+    let files = Files::new().lfs_pattern("weights.bin", pattern, size, Some(&pattern.sha256(size)));
+    daemon
+        .hub
+        .add_repo(Repo::new("org/large").commit("main", files));
+    let slow = Fault::new(FaultKind::Slow {
+        bytes_per_second: 8 << 20,
+    })
+    .on(Origin::Cdn);
+    daemon.hub.fault(slow.forever());
+    let mut running = daemon.start();
+    let _client =
+        Running::start(
+            daemon
+                .client()
+                .args(["prefetch", "hf://org/large", "--include", "*"]),
+        );
+    wait_until("a good part is here", || {
+        let status = daemon.ask(&["status"]);
+        status.code == Some(0)
+            && status.json()["fetches"][0]["bytes_done"].as_u64() > Some(16 << 20)
+    });
+    running.kill();
+    daemon.hub.clear_faults();
+    let before = daemon.hub.cdn_bytes_sent();
+    let _running = daemon.start();
+    wait_until("the model is here", || {
+        daemon
+            .ask(&["path", "hf://org/large", "--include", "*"])
+            .code
+            == Some(0)
+    });
+    assert_sound(&daemon.sandbox.root());
+    let sent = daemon.hub.cdn_bytes_sent() - before;
+    assert!(sent <= size - (8 << 20), "{sent} bytes were sent again");
+}
+
+#[test]
+fn sigterm_stops_a_fetch_at_once_and_the_next_start_ends_it() {
+    let daemon = Daemon::new();
+    let slow = Fault::new(FaultKind::Slow {
+        bytes_per_second: 100_000,
+    })
+    .on(Origin::Cdn);
+    daemon.hub.fault(slow.forever());
+    let mut running = daemon.start();
+    let client = Running::start(daemon.client().args(["prefetch", "hf://org/model"]));
+    wait_until("bytes flow", || {
+        daemon
+            .hub
+            .requests()
+            .iter()
+            .any(|request| request.origin == Origin::Cdn)
+    });
+    terminate(&mut running);
+    assert_eq!(running.finish().code, Some(0));
+    assert_eq!(client.finish().code, Some(1));
+    daemon.hub.clear_faults();
+    let _running = daemon.start();
+    wait_until("the model is here", || {
+        daemon.ask(&["path", "hf://org/model"]).code == Some(0)
+    });
+}
+
+fn get(address: SocketAddr, path: &str) -> Option<String> {
+    let mut stream = TcpStream::connect(address).ok()?;
+    write!(
+        stream,
+        "GET {path} HTTP/1.1\r\nHost: weightd\r\nConnection: close\r\n\r\n"
+    )
+    .ok()?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).ok()?;
+    Some(answer)
+}
+
+#[test]
+fn metrics_and_health_are_served() {
+    let daemon = Daemon::new();
+    let free = TcpListener::bind("127.0.0.1:0")
+        .and_then(|listener| listener.local_addr())
+        .expect("a port");
+    let _running = Running::start(daemon.command().arg("--metrics").arg(free.to_string()));
+    wait_until("it is ready", || {
+        get(free, "/readyz").is_some_and(|answer| answer.starts_with("HTTP/1.1 200"))
+    });
+    assert!(
+        get(free, "/healthz")
+            .expect("an answer")
+            .starts_with("HTTP/1.1 200")
+    );
+    let fetched = daemon.ask(&["prefetch", "hf://org/model"]).json();
+    let metrics = get(free, "/metrics").expect("an answer");
+    for line in [
+        format!(
+            "weightd_fetch_bytes_total{{source=\"hf\"}} {}",
+            fetched["bytes"]
+        ),
+        format!(
+            "weightd_store_bytes{{tier=\"local\",held=\"unpinned\"}} {}",
+            fetched["bytes"]
+        ),
+        "weightd_store_snapshots{tier=\"local\"} 1".to_owned(),
+    ] {
+        assert!(metrics.contains(&line), "`{line}` is missing: {metrics}");
+    }
+}
+
+#[test]
+fn what_is_configured_is_brought_at_start() {
+    let daemon = Daemon::new();
+    let file = daemon.sandbox.path("weightd.toml");
+    std::fs::write(
+        &file,
+        "[[prefetch]]\nmodel = 'hf://org/model'\npin = 'warm'\n",
+    )
+    .expect("written");
+    let _running = Running::start(daemon.command().arg("--config").arg(&file));
+    wait_until("the model is here", || {
+        daemon.ask(&["path", "hf://org/model"]).code == Some(0)
+    });
+    wait_until("it is pinned", || {
+        daemon.ask(&["ls"]).json()[0]["pinned_by"][0] == "operator/warm"
+    });
+}
+
+#[test]
+fn a_wrong_configuration_is_refused_before_anything_is_opened() {
+    let daemon = Daemon::new();
+    let file = daemon.sandbox.path("weightd.toml");
+    for (text, words) in [
+        ("rooot = '/x'", "unknown field `rooot`"),
+        ("[fetch]\nconnections = 0", "fetch.connections"),
+    ] {
+        std::fs::write(&file, text).expect("written");
+        run(daemon.command().arg("--config").arg(&file)).failed(2, &[words]);
+    }
+    run(daemon.command().arg("--shared-root").arg("/x")).failed(2, &["no shared tier"]);
+    assert!(!daemon.sandbox.root().exists() && !daemon.socket().exists());
+}
