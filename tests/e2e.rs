@@ -3,5 +3,6 @@
 mod e2e {
     mod daemon;
     mod harness;
+    mod hub;
     mod s3;
 }
