@@ -3,4 +3,5 @@
 mod e2e {
     mod crash;
     mod harness;
+    mod processes;
 }

@@ -2,10 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::sync::LazyLock;
+use std::time::Duration;
 
 use nix::libc::SIGKILL;
 use weightd_core::digest::{Claims, Digest};
@@ -13,12 +15,15 @@ use weightd_core::fault;
 use weightd_core::model::RelPath;
 use weightd_core::source::RemoteFile;
 use weightd_core::store::{StageKey, Store, StoreLimits};
-use weightd_standin::{Fault, FaultKind, Files, Hub, HubConfig, Repo};
+use weightd_standin::{Fault, FaultKind, Files, Hub, HubConfig, Origin, Repo};
 
 use super::harness::{Ran, Running, Sandbox, assert_sound, run, tree};
 
 pub(super) const MIB: u64 = 1 << 20;
 pub(super) const MODEL: &str = "hf://org/model";
+
+/// A user who owns nothing.
+const NOBODY: u32 = 65534;
 
 /// A safetensors file of `bytes` bytes that a loader can read; another seed gives other bytes.
 pub(super) fn shard(seed: u64, bytes: u64) -> Vec<u8> {
@@ -133,7 +138,8 @@ impl Scene {
     }
 
     fn small() -> Self {
-        Self::new(Model::new(0, 1..=3, 3 * MIB))
+        static MODEL: LazyLock<Model> = LazyLock::new(|| Model::new(0, 1..=3, 3 * MIB));
+        Self::new(MODEL.clone())
     }
 
     fn command(&self, words: &[&str]) -> Command {
@@ -209,7 +215,7 @@ impl Scene {
         // In place: the tree is the same inode.
         let mut permissions = fs::metadata(&blob).expect("a blob").permissions();
         let sealed = permissions.clone();
-        std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o644);
+        permissions.set_mode(0o644);
         fs::set_permissions(&blob, permissions).expect("it is ours");
         fs::write(&blob, bytes).expect("writable");
         fs::set_permissions(&blob, sealed).expect("it is ours");
@@ -279,7 +285,6 @@ fn every_fault_point_has_a_test_that_dies_there() {
 /// A fetch that dies at `point` for the `nth` time. False if it never got there so often.
 #[track_caller]
 fn a_fetch_dies_and_goes_on(point: &str, nth: usize) -> bool {
-    println!("{point}:{nth}");
     let scene = Scene::small();
     let root = scene.sandbox.root();
     if !scene.dies_at(PREFETCH, point, nth) {
@@ -444,4 +449,196 @@ impl FailedWithResult for Ran {
             "{self:?}"
         );
     }
+}
+
+/// As any user but root, who may write to everything.
+#[test]
+fn a_user_without_privileges_goes_on_after_a_death_with_a_sealed_file_in_flight() {
+    for point in ["seal.synced", "seal.linked", "known.written"] {
+        let scene = Scene::small();
+        let home = scene.sandbox.path("home");
+        fs::create_dir(&home).expect("a directory");
+        fs::set_permissions(&home, fs::Permissions::from_mode(0o777)).expect("it is ours");
+        let above = home.parent().expect("the sandbox");
+        fs::set_permissions(above, fs::Permissions::from_mode(0o755)).expect("it is ours");
+        // The binary's own directory may be closed to others.
+        let binary = home.join("weightctl");
+        fs::copy(env!("CARGO_BIN_EXE_weightctl"), &binary).expect("a copy");
+        let command = |fault: &str| {
+            let mut command = scene.sandbox.bare(binary.to_str().expect("UTF-8"));
+            command
+                .arg("--root")
+                .arg(home.join("store"))
+                .args(["--output", "json"]);
+            command
+                .args(["prefetch", MODEL])
+                .env("WEIGHTD_FAULT", fault);
+            command.env("HF_ENDPOINT", scene.hub.endpoint());
+            if nix::unistd::geteuid().is_root() {
+                command.uid(NOBODY).gid(NOBODY);
+            }
+            command
+        };
+
+        let died = command(point).output().expect("it starts");
+        assert_eq!(died.status.signal(), Some(SIGKILL), "{point}: {died:?}");
+        let fetched = run(&mut command("")).json();
+
+        let path = PathBuf::from(fetched["path"].as_str().expect("a path"));
+        assert!(
+            tree(&path) == scene.model.tree(),
+            "{point}: it differs from the origin"
+        );
+        sound(&home.join("store"));
+    }
+}
+
+/// A store that `weightctl` was killed on, again and again.
+struct Killed {
+    scene: Scene,
+    /// Kills since the store was empty.
+    kills: u64,
+}
+
+impl Killed {
+    /// Starts a prefetch and kills it after `delay`; if it is done by then, checks its tree and the
+    /// bytes it took, and empties the store.
+    #[track_caller]
+    fn kill_a_fetch_after(&mut self, delay: Duration) {
+        let root = self.scene.sandbox.root();
+        let mut fetch = Running::start(&mut self.scene.command(&["prefetch", MODEL]));
+        std::thread::sleep(delay);
+        if !fetch.ended() {
+            fetch.kill();
+            self.kills += 1;
+            sound(&root);
+            return;
+        }
+        self.complete(&fetch.finish());
+    }
+
+    #[track_caller]
+    fn complete(&mut self, fetched: &Ran) {
+        // What a kill may lose: for each of the six connections the block in memory, which is 1 MiB,
+        // and as much again on its way.
+        const LOST: u64 = 6 * 2 * MIB;
+        let root = self.scene.sandbox.root();
+        let fetched = fetched.json();
+        let path = PathBuf::from(fetched["path"].as_str().expect("a path"));
+        assert!(
+            tree(&path) == self.scene.model.tree(),
+            "it differs from the origin"
+        );
+        sound(&root);
+        let (sent, size) = (
+            self.scene.hub.cdn_bytes_sent(),
+            self.scene.model.shard_bytes(),
+        );
+        assert!(
+            sent >= size && sent <= size + self.kills * LOST,
+            "{sent} of {size}"
+        );
+        self.scene.leaves_nothing_in_flight();
+        fs::remove_dir_all(&root).expect("it goes");
+        self.scene.hub.clear_requests();
+        self.kills = 0;
+    }
+}
+
+/// Kills fetches of one model until there were `kills`, then lets the last one complete.
+fn kill_at_random(seed: u64, kills: u64) {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let scene = Scene::new(Model::new(0, 1..=6, 4 * MIB));
+    let slow = FaultKind::Slow {
+        bytes_per_second: 16 * MIB,
+    };
+    scene.hub.fault(Fault::new(slow).on(Origin::Cdn).forever());
+    let mut killed = Killed { scene, kills: 0 };
+    let mut all = 0;
+    while all < kills {
+        let before = killed.kills;
+        killed.kill_a_fetch_after(Duration::from_millis(random.u64(0..400)));
+        all += killed.kills.saturating_sub(before);
+    }
+    let last = killed.scene.run(&["prefetch", MODEL]);
+    killed.complete(&last);
+}
+
+#[test]
+#[allow(clippy::print_stdout, reason = "a run that failed can be repeated")]
+fn a_fetch_that_is_killed_at_a_hundred_random_moments_is_always_sound_and_completes() {
+    let seed = std::env::var("WEIGHTD_SEED").ok();
+    let seed = seed
+        .and_then(|seed| seed.parse().ok())
+        .unwrap_or_else(|| fastrand::u64(..));
+    println!("WEIGHTD_SEED={seed}");
+    std::thread::scope(|scope| {
+        for store in 0..4 {
+            scope.spawn(move || kill_at_random(seed.wrapping_add(store), 25));
+        }
+    });
+}
+
+/// Runs `words` over and over while a fetch runs in another process, kills it at random half of the
+/// time, and fetches until the tree is whole.
+#[track_caller]
+fn a_fetch_next_to(words: &[&str], codes: &[i32], rounds: u64) {
+    let scene = Scene::new(Model::new(0, 1..=4, 2 * MIB));
+    let slow = FaultKind::Slow {
+        bytes_per_second: 8 * MIB,
+    };
+    scene.hub.fault(Fault::new(slow).on(Origin::Cdn).forever());
+    let root = scene.sandbox.root();
+    let mut random = fastrand::Rng::with_seed(rounds);
+    for round in 0..rounds {
+        let mut fetch =
+            Running::start(&mut scene.command(&["prefetch", MODEL, "--pin", "serving"]));
+        while !fetch.ended() {
+            let mut other = Running::start(&mut scene.command(words));
+            if random.bool() {
+                std::thread::sleep(Duration::from_millis(random.u64(0..80)));
+                other.kill();
+            } else {
+                let ran = other.finish();
+                assert!(
+                    ran.code.is_some_and(|code| codes.contains(&code)),
+                    "{ran:?}"
+                );
+            }
+        }
+        let fetched = fetch.finish().json();
+        let path = PathBuf::from(fetched["path"].as_str().expect("a path"));
+        assert!(
+            tree(&path) == scene.model.tree(),
+            "round {round}: it differs from the origin"
+        );
+        sound(&root);
+        let verified = scene.run(&["verify"]).json();
+        assert_eq!(verified["damaged"], serde_json::json!([]), "round {round}");
+        scene.run(&["unpin", MODEL, "--as", "serving"]).json();
+        scene.run(&["rm", MODEL]).json();
+        sound(&root);
+    }
+    scene.leaves_nothing_in_flight();
+    assert_eq!(tree(&root.join("blobs")), []);
+}
+
+#[test]
+fn a_fetch_next_to_collections_that_die_ends_with_a_whole_tree() {
+    a_fetch_next_to(&["gc"], &[0], 5);
+}
+
+#[test]
+fn a_fetch_next_to_collections_of_partial_downloads_ends_with_a_whole_tree() {
+    a_fetch_next_to(&["gc", "--partial"], &[0], 5);
+}
+
+#[test]
+fn a_fetch_next_to_removals_that_die_ends_with_a_whole_tree() {
+    a_fetch_next_to(&["rm", MODEL], &[1], 5);
+}
+
+#[test]
+fn a_fetch_next_to_verifications_that_die_ends_with_a_whole_tree() {
+    a_fetch_next_to(&["verify"], &[0], 5);
 }
