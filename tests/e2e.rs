@@ -2,6 +2,7 @@
 
 mod e2e {
     mod crash;
+    mod disk;
     mod harness;
     mod processes;
 }
