@@ -164,7 +164,7 @@ impl Scene {
         let killed = ended.status.signal() == Some(SIGKILL);
         let text = String::from_utf8_lossy(&ended.stderr);
         assert!(
-            killed || ended.status.code().is_some(),
+            killed || ended.status.success(),
             "{point}:{nth}: {:?}: {text}",
             ended.status
         );
@@ -284,7 +284,9 @@ fn every_fault_point_has_a_test_that_dies_there() {
 
 /// A fetch that dies at `point` for the `nth` time. False if it never got there so often.
 #[track_caller]
+#[allow(clippy::print_stdout, reason = "a test that failed tells where")]
 fn a_fetch_dies_and_goes_on(point: &str, nth: usize) -> bool {
+    println!("{point}:{nth}");
     let scene = Scene::small();
     let root = scene.sandbox.root();
     if !scene.dies_at(PREFETCH, point, nth) {
