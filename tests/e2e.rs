@@ -1,8 +1,11 @@
 //! What a user sees: the real binaries against stand-in origins on loopback.
 
 mod e2e {
+    mod crash;
     mod daemon;
+    mod disk;
     mod harness;
     mod hub;
+    mod processes;
     mod s3;
 }

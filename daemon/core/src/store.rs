@@ -204,6 +204,8 @@ impl Store {
     }
 
     fn check_hard_links(&self) -> Result<(), StoreError> {
+        // Shared, so that the collector does not take the probe for a dead process's.
+        let _shared = self.lock_shared()?;
         let probe = self
             .root
             .join(format!("staging/{}.probe", uuid::Uuid::new_v4()));

@@ -246,6 +246,7 @@ pub(super) fn preallocate(file: &File, size: u64) -> io::Result<()> {
 
 /// Opens and locks `path`; `None` if somebody else has it.
 fn claim_file(path: &Path) -> Result<Option<claim::Held>, StoreError> {
+    let mut denied = 0;
     loop {
         let mut options = File::options();
         options
@@ -254,7 +255,17 @@ fn claim_file(path: &Path) -> Result<Option<claim::Held>, StoreError> {
             .create(true)
             .truncate(false)
             .mode(0o600);
-        let file = options.open(path).at("create", path)?;
+        let file = match options.open(path) {
+            // Its owner is about to seal it, or died there. Another denial is the folder's own.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied && denied < 3 => {
+                denied += 1;
+                if unprotect(path).at("open", path)? {
+                    continue;
+                }
+                return Ok(None);
+            }
+            opened => opened.at("create", path)?,
+        };
         let Some(held) = claim::try_exclusive(file).at("lock", path)? else {
             return Ok(None);
         };
@@ -263,6 +274,23 @@ fn claim_file(path: &Path) -> Result<Option<claim::Held>, StoreError> {
             return Ok(Some(held));
         }
     }
+}
+
+/// Makes a part that nobody works on writable again. False if somebody has it.
+fn unprotect(path: &Path) -> io::Result<bool> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
+        Err(error) => return Err(error),
+    };
+    let Some(held) = claim::try_exclusive(file)? else {
+        return Ok(false);
+    };
+    // With the lock held and this name in place it is no blob, and does not become one.
+    if claim::still_at(&held, path)? {
+        held.set_permissions(fs::Permissions::from_mode(0o600))?;
+    }
+    Ok(true)
 }
 
 impl Part {

@@ -363,6 +363,7 @@ impl Store {
         let (garbage, bytes) = self.move_garbage()?;
         collected.blobs = garbage.len() as u64;
         collected.bytes += bytes;
+        self.drop_temporaries()?;
         self.drop_stale_refs()?;
         self.drop_stale_known()?;
         drop(alone);

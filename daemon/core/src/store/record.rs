@@ -78,17 +78,43 @@ fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, StoreError> 
     }
 }
 
-fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), StoreError> {
-    let parent = path.parent().unwrap_or(path);
-    let bytes = serde_json::to_vec(value)
-        .map_err(io::Error::other)
-        .at("write", path)?;
-    make_dirs(parent)
-        .and_then(|()| write_atomically(path, &bytes))
-        .at("write", path)
+/// Whether a name is one that a write uses until it is whole.
+fn is_temporary(path: &Path) -> bool {
+    let ending = path.extension().and_then(|ending| ending.to_str());
+    ending.is_some_and(|ending| uuid::Uuid::parse_str(ending).is_ok())
 }
 
 impl Store {
+    fn write_json<T: Serialize>(&self, path: &Path, value: &T) -> Result<(), StoreError> {
+        let parent = path.parent().unwrap_or(path);
+        let bytes = serde_json::to_vec(value)
+            .map_err(io::Error::other)
+            .at("write", path)?;
+        // Shared, so that what the collector finds half written is a dead process's.
+        let _shared = self.lock_shared()?;
+        make_dirs(parent)
+            .and_then(|()| write_atomically(path, &bytes))
+            .at("write", path)
+    }
+
+    /// Removes what killed processes left half written. The caller holds the store's lock alone.
+    pub(super) fn drop_temporaries(&self) -> Result<(), StoreError> {
+        let mut folders = ["fetches", "known", "rates", "refs"]
+            .map(|folder| self.root.join(folder))
+            .to_vec();
+        while let Some(folder) = folders.pop() {
+            for entry in entries(&folder)? {
+                let path = entry.path();
+                if entry.file_type().at("look at", &path)?.is_dir() {
+                    folders.push(path);
+                } else if is_temporary(&path) {
+                    fs::remove_file(&path).at("remove", &path)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn ref_path(&self, model: &ModelRef) -> PathBuf {
         let folder = self
             .root
@@ -112,7 +138,7 @@ impl Store {
             revision: revision.clone(),
             snapshot: id.clone(),
         };
-        write_json(&self.ref_path(model), &reference)?;
+        self.write_json(&self.ref_path(model), &reference)?;
         fault::point("ref.written");
         Ok(())
     }
@@ -154,7 +180,7 @@ impl Store {
     ///
     /// [`StoreError::Io`].
     pub fn remember(&self, identity: &str, digest: Digest) -> Result<(), StoreError> {
-        write_json(&self.known_path(identity), &digest)?;
+        self.write_json(&self.known_path(identity), &digest)?;
         fault::point("known.written");
         Ok(())
     }
@@ -179,7 +205,7 @@ impl Store {
     ///
     /// [`StoreError::Io`].
     pub fn note_rate(&self, scheme: Scheme, bytes_per_second: f64) -> Result<(), StoreError> {
-        write_json(&self.rate_path(scheme), &bytes_per_second)
+        self.write_json(&self.rate_path(scheme), &bytes_per_second)
     }
 
     /// The rate that [`Store::note_rate`] remembered last.
@@ -213,7 +239,7 @@ impl Store {
     ///
     /// [`StoreError::Io`].
     pub fn record_fetch(&self, record: &FetchRecord) -> Result<(), StoreError> {
-        write_json(&self.fetch_path(record), record)?;
+        self.write_json(&self.fetch_path(record), record)?;
         fault::point("fetch.recorded");
         Ok(())
     }
@@ -243,7 +269,10 @@ impl Store {
     pub fn recorded_fetches(&self) -> Result<Vec<FetchRecord>, StoreError> {
         let mut records = Vec::new();
         for entry in entries(&self.root.join("fetches"))? {
-            records.extend(read_json::<FetchRecord>(&entry.path())?);
+            let path = entry.path();
+            if !is_temporary(&path) {
+                records.extend(read_json::<FetchRecord>(&path)?);
+            }
         }
         Ok(records)
     }

@@ -292,6 +292,26 @@ fn a_dead_process_leaves_nothing_that_collect_does_not_find() {
 }
 
 #[test]
+fn a_record_that_a_dead_process_left_half_written_is_no_fetch_and_is_collected() {
+    let (_dir, store) = store();
+    let record = FetchRecord {
+        model: "hf://org/model".parse().unwrap(),
+        patterns: Patterns::default(),
+        pin: None,
+    };
+    store.record_fetch(&record).unwrap();
+    let fetches = store.root().join("fetches");
+    let name = names(&fetches).remove(0);
+    let half = fetches.join(format!("{name}.{}", uuid::Uuid::new_v4()));
+    fs::copy(fetches.join(&name), &half).unwrap();
+
+    assert_eq!(store.recorded_fetches().unwrap(), [record]);
+    store.collect(Partial::Stale).unwrap();
+    assert!(fetches.join(name).exists());
+    assert!(!half.exists());
+}
+
+#[test]
 fn the_least_recently_used_goes_first_and_pins_stay() {
     let (_dir, store) = store();
     let limits = StoreLimits {
