@@ -395,11 +395,9 @@ fn a_verification_that_dies_at_any_step_hides_no_damage_from_the_next_fetch() {
             scene.dies_at(&["verify"], point, 1),
             "a verification does not pass {point}"
         );
-        // It may find the rest of the damage, or that nothing bad is left in use.
-        let verified = scene.run(&["verify"]);
-        assert!(matches!(verified.code, Some(0 | 1)), "{verified:?}");
-        sound(&scene.sandbox.root());
+        // The next to open the store, whoever that is, finishes what was begun.
         assert_eq!(scene.run(&["ls"]).json(), serde_json::json!([]), "{point}");
+        sound(&scene.sandbox.root());
         scene.hub.clear_requests();
         scene.fetches_whole(&["prefetch", MODEL]);
         assert_eq!(

@@ -134,6 +134,7 @@ impl Store {
         let lock = store.root.join("lock");
         open_lock(&lock).map_err(|error| read_only("open", &lock, error))?;
         store.check_hard_links()?;
+        store.finish_set_aside()?;
         Ok(Arc::new(store))
     }
 

@@ -7,7 +7,7 @@ use std::ops::ControlFlow;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
-use super::snapshot::Snapshot;
+use super::snapshot::{Snapshot, read_manifest};
 use super::{At, Store, StoreError, entries, sync_parent};
 use crate::digest::{Claims, Digest, Verifier};
 use crate::fault;
@@ -57,6 +57,7 @@ impl Store {
         only: Option<&SnapshotId>,
         pace: &mut dyn FnMut(u64) -> ControlFlow<()>,
     ) -> Result<Verified, StoreError> {
+        self.finish_set_aside()?;
         let (targets, missing) = self.targets(only)?;
         let mut verified = Verified::default();
         let mut bad: BTreeMap<Digest, (Option<Digest>, Option<PathBuf>)> = BTreeMap::new();
@@ -178,13 +179,71 @@ impl Store {
             fault::point("verify.set_aside");
             kept = Some(aside);
         }
+        Ok((self.withdraw_all(digest, bad_inode)?, kept))
+    }
+
+    /// Withdraws what a killed process set the blob of aside, but did not come to: such a blob still has
+    /// a name in a tree.
+    pub(super) fn finish_set_aside(&self) -> Result<(), StoreError> {
+        let damaged = entries(&self.root.join("damaged"))?;
+        if damaged.is_empty() {
+            return Ok(());
+        }
+        let _alone = self.lock_alone()?;
+        for entry in damaged {
+            let name = entry.file_name();
+            let digest = name
+                .to_str()
+                .and_then(|name| name.split('-').next()?.parse::<Digest>().ok());
+            let metadata = fs::symlink_metadata(entry.path())
+                .ok()
+                .filter(|metadata| metadata.nlink() > 1);
+            let (Some(digest), Some(metadata)) = (digest, metadata) else {
+                continue;
+            };
+            let blob = self.blob_path(digest);
+            if fs::symlink_metadata(&blob).is_ok_and(|found| found.ino() == metadata.ino()) {
+                fs::remove_file(&blob).at("remove", &blob)?;
+            }
+            for id in self.withdraw_all(digest, Some(metadata.ino()))? {
+                tracing::warn!(snapshot = %id, sha256 = %digest, "snapshot with a damaged blob withdrawn");
+            }
+            self.drop_from_withdrawn(digest, metadata.ino())?;
+        }
+        Ok(())
+    }
+
+    /// Takes a damaged file out of the trees that were withdrawn before it could be.
+    fn drop_from_withdrawn(&self, digest: Digest, bad: u64) -> Result<(), StoreError> {
+        for entry in entries(&self.root.join("snapshots"))? {
+            let dir = entry.path();
+            let Some((manifest, _)) = read_manifest(&dir.join("withdrawn.json"))? else {
+                continue;
+            };
+            for file in manifest.files.iter().filter(|file| file.sha256 == digest) {
+                let path = dir.join("tree").join(&file.path);
+                if fs::symlink_metadata(&path).is_ok_and(|found| found.ino() == bad) {
+                    fs::remove_file(&path).at("remove", &path)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Withdraws every snapshot that holds the damaged inode, or lacks the file. The caller holds the
+    /// store's lock alone.
+    fn withdraw_all(
+        &self,
+        digest: Digest,
+        bad: Option<u64>,
+    ) -> Result<Vec<SnapshotId>, StoreError> {
         let mut withdrawn = Vec::new();
         for snapshot in self.snapshots()? {
-            if self.withdraw_if_bad(&snapshot, digest, bad_inode)? {
+            if self.withdraw_if_bad(&snapshot, digest, bad)? {
                 withdrawn.push(snapshot.manifest.snapshot);
             }
         }
-        Ok((withdrawn, kept))
+        Ok(withdrawn)
     }
 
     /// Withdraws a snapshot if its file with this digest is the damaged inode, or missing. The file
