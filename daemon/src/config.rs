@@ -11,7 +11,7 @@ use weightd_core::model::{ModelRef, Patterns};
 use weightd_core::store::{Holder, StoreLimits};
 
 use crate::sources::hf::{HfConfig, HfConfigError};
-use crate::sources::s3::S3Config;
+use crate::sources::s3::{S3Config, S3Identity};
 use crate::telemetry::LogFormat;
 
 mod settings;
@@ -77,6 +77,7 @@ section!(S3Section {
     endpoint: Option<String> = None,
     region: Option<String> = None,
     anonymous: bool = false,
+    unsigned_buckets: Vec<String> = Vec::new(),
 });
 section!(FileSection { allow: Vec<PathBuf> = Vec::new(), });
 section!(ScrubSection {
@@ -200,6 +201,7 @@ impl Config {
         self.check_fetch()?;
         self.check_rest()?;
         self.hf_config()?;
+        self.s3_config()?;
         self.requests().map(|_| ())
     }
 
@@ -270,17 +272,6 @@ impl Config {
         )?;
         let absolute = self.file.allow.iter().all(|path| path.is_absolute());
         ensure(absolute, "file.allow", "all are absolute paths")?;
-        if let Some(endpoint) = &self.s3.endpoint {
-            let url = url::Url::parse(endpoint);
-            let good = url.is_ok_and(|url| {
-                matches!(url.scheme(), "http" | "https") && url.username().is_empty()
-            });
-            ensure(
-                good,
-                "s3.endpoint",
-                "it begins with https:// or http:// and a host",
-            )?;
-        }
         let filter = tracing_subscriber::EnvFilter::try_new(&self.log.level);
         ensure(
             filter.is_ok(),
@@ -342,19 +333,32 @@ impl Config {
         Ok(HfConfig::new(endpoint, token)?)
     }
 
-    /// How S3 is reached.
-    #[must_use]
-    pub fn s3_config(&self) -> S3Config {
-        let S3Section {
-            endpoint,
-            region,
-            anonymous,
-        } = self.s3.clone();
-        S3Config {
-            endpoint,
-            region,
-            anonymous,
-        }
+    /// How S3 is reached, and as whom.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError::Value`] if the endpoint is no web address.
+    pub fn s3_config(&self) -> Result<S3Config, ConfigError> {
+        let endpoint = self.s3.endpoint.as_deref().map(|endpoint| {
+            let url = url::Url::parse(endpoint).ok();
+            let good = |url: &url::Url| {
+                matches!(url.scheme(), "http" | "https") && url.username().is_empty()
+            };
+            url.filter(good).ok_or_else(|| ConfigError::Value {
+                key: "s3.endpoint".to_owned(),
+                reason: "it begins with https:// or http:// and a host".to_owned(),
+            })
+        });
+        Ok(S3Config {
+            endpoint: endpoint.transpose()?,
+            region: self.s3.region.clone(),
+            identity: if self.s3.anonymous {
+                S3Identity::Nobody
+            } else {
+                S3Identity::Chain
+            },
+            unsigned_buckets: self.s3.unsigned_buckets.clone(),
+        })
     }
 
     /// The models to keep here.

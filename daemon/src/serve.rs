@@ -21,8 +21,7 @@ use weightd_proto::weightd::v1::control_server::ControlServer;
 
 use crate::config::{Config, ConfigError};
 use crate::rpc::{ControlService, Engine};
-use crate::sources::Origins;
-use crate::sources::hf::HfConfigError;
+use crate::sources::{Origins, OriginsError};
 
 mod http;
 mod scrub;
@@ -37,9 +36,9 @@ pub enum ServeError {
     /// A setting cannot be used.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// The Hub's client cannot be made.
-    #[error("cannot set up the Hub's client")]
-    Hf(#[from] HfConfigError),
+    /// A source's client cannot be made.
+    #[error(transparent)]
+    Origins(#[from] OriginsError),
     /// Another daemon serves the socket.
     #[error("another process serves {}", path.display())]
     Taken {
@@ -74,7 +73,7 @@ impl ServeError {
             Self::Listen { .. } => {
                 Some("choose an address or path that this user may serve".to_owned())
             }
-            Self::Config(_) | Self::Hf(_) | Self::Control(_) => None,
+            Self::Config(_) | Self::Origins(_) | Self::Control(_) => None,
         }
     }
 }
@@ -89,7 +88,7 @@ pub async fn run(config: Config) -> Result<(), ServeError> {
     let requests = config.requests()?;
     let sources = Origins::new(
         config.hf_config()?,
-        config.s3_config(),
+        config.s3_config()?,
         Some(config.file.allow.clone()),
     )?;
     let store = blocking::run(move || Store::open(&root, limits)).await?;

@@ -8,7 +8,7 @@ use weightd_core::source::{Source, SourceError, Sources};
 
 use self::directory::DirectorySource;
 use self::hf::{HfClients, HfConfig, HfConfigError, HfSource};
-use self::s3::{S3Clients, S3Config, S3Source};
+use self::s3::{S3ClientError, S3Clients, S3Config, S3Source};
 
 pub mod directory;
 pub mod hf;
@@ -17,9 +17,20 @@ pub mod s3;
 /// The sources of one process, with this process's own credentials.
 pub struct Origins {
     hf: (Arc<HfClients>, HfConfig),
-    s3: Arc<S3Clients>,
+    s3: (Arc<S3Clients>, S3Config),
     /// The directories that `file://` may name; `None` for all.
-    directories: Option<Arc<[PathBuf]>>,
+    directories: Option<Vec<PathBuf>>,
+}
+
+/// No source can be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum OriginsError {
+    /// Not the Hub.
+    #[error("cannot set up the Hub's client")]
+    Hf(#[from] HfConfigError),
+    /// Not S3.
+    #[error("cannot set up S3's client")]
+    S3(#[from] S3ClientError),
 }
 
 impl Origins {
@@ -27,16 +38,16 @@ impl Origins {
     ///
     /// # Errors
     ///
-    /// [`HfConfigError::Client`] if no TLS can be set up.
+    /// [`OriginsError`] if no TLS can be set up.
     pub fn new(
         hf: HfConfig,
         s3: S3Config,
         directories: Option<Vec<PathBuf>>,
-    ) -> Result<Self, HfConfigError> {
+    ) -> Result<Self, OriginsError> {
         Ok(Self {
             hf: (HfClients::new()?, hf),
-            s3: Arc::new(S3Clients::new(s3)),
-            directories: directories.map(Arc::from),
+            s3: (S3Clients::new()?, s3),
+            directories,
         })
     }
 
@@ -44,8 +55,8 @@ impl Origins {
     ///
     /// # Errors
     ///
-    /// [`HfConfigError`] if what it says of the Hub cannot be used.
-    pub fn from_env() -> Result<Self, HfConfigError> {
+    /// [`OriginsError`] if what it says of the Hub cannot be used.
+    pub fn from_env() -> Result<Self, OriginsError> {
         Self::new(HfConfig::from_env()?, S3Config::default(), None)
     }
 }
@@ -59,7 +70,10 @@ impl Sources for Origins {
                 self.hf.1.clone(),
                 named,
             )),
-            Scheme::S3 => Arc::new(S3Source::new(Arc::clone(&self.s3), named)),
+            Scheme::S3 => {
+                let (clients, config) = &self.s3;
+                Arc::new(S3Source::new(Arc::clone(clients), config.clone(), named))
+            }
             Scheme::File => Arc::new(DirectorySource::new(named, self.directories.clone())),
         })
     }

@@ -37,6 +37,7 @@ settings! {
     "s3.endpoint" = "": "Address of S3; unset: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, else AWS";
     "s3.region" = "": "Region; unset: AWS_REGION or the profile's, else what the bucket says";
     "s3.anonymous" = "false": "Never sign requests: only public buckets can be read";
+    "s3.unsigned_buckets" = "[]": "Public buckets that are read without credentials";
     "file.allow" = "[]": "Directories that file:// models may lie below";
     "scrub.interval" = "\"168h\"": "Hash the whole store again this often; \"0s\" never";
     "scrub.bytes_per_second" = "\"50MiB\"": "How fast the scrub reads";

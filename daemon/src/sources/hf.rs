@@ -4,9 +4,9 @@
 //! own code on `reqwest`: the crate drops the SHA-256 of a listing, fails on files that lie at a
 //! CDN, and neither checks nor resumes a download.
 //!
-//! 1. [`resolve`] asks for the commit; all that follows names the commit, never the branch.
-//! 2. [`tree`] lists the files with their hashes.
-//! 3. [`content`] asks where a file lies, and reads ranges from there.
+//! 1. `resolve` asks for the commit; all that follows names the commit, never the branch.
+//! 2. `tree` lists the files with their hashes.
+//! 3. `content` asks where a file lies, and reads ranges from there.
 //!
 //! What must hold: the token goes to the endpoint's own origin and nowhere else; neither it nor a
 //! signed address stands in an error, a log line or a `Debug` text.

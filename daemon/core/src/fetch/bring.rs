@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use tokio::sync::Semaphore;
+use tokio::time::Instant;
 
 use super::parts::{self, Origin, PartsError};
 use super::progress::{FileMeter, Phase};
@@ -429,11 +430,17 @@ impl OneFile<'_> {
             })
             .await?;
         meter.found(part.present());
+        let begun = Instant::now();
         match parts::download(self.origin, &self.file, &part, meter).await {
             Ok(digest) => {
+                let hashed = Instant::now();
                 let seal =
                     self.on_store(move |store, lease, file| part.seal(store, digest, lease, file));
                 seal.await?;
+                let (path, bytes) = (&self.file.path, self.file.size);
+                let hashed_s = (hashed - begun).as_secs_f64();
+                let sealed_s = hashed.elapsed().as_secs_f64();
+                tracing::debug!(%path, bytes, %digest, hashed_s, sealed_s, "blob sealed");
                 Ok(Tried::Here(entry(&self.file, digest)))
             }
             Err(PartsError::Hash(HashError::Torn { bytes })) => {

@@ -1,0 +1,221 @@
+//! The bytes of the objects that were listed, and never those of others.
+
+use weightd_standin::{Fault, FaultKind};
+
+use super::*;
+
+#[tokio::test]
+async fn a_range_is_read_of_exactly_what_was_listed() {
+    let s3 = model().await;
+    let source = open(&s3, "s3://models/x");
+    let files = list(&source).await.unwrap().files;
+    let weights = file(&files, "model.safetensors");
+    s3.clear_requests();
+
+    assert!(bytes(&source, weights, 0..1_000_000).await.unwrap() == large());
+    assert!(bytes(&source, weights, 7..700_000).await.unwrap() == large()[7..700_000]);
+    assert!(bytes(&source, weights, 9..9).await.unwrap().is_empty());
+
+    let requests = s3.requests();
+    let ranges: Vec<_> = requests.iter().map(|request| request.range).collect();
+    assert_eq!(ranges, [Some((0, 999_999)), Some((7, 699_999))]);
+    for request in &requests {
+        assert!(
+            request.header("if-match").unwrap().starts_with('"'),
+            "{request:?}"
+        );
+        assert_eq!(request.header("x-amz-checksum-mode"), None);
+    }
+}
+
+#[tokio::test]
+async fn keys_of_any_spelling_are_read() {
+    let s3 = server().await;
+    let names = [
+        "a b.json",
+        "a+b.json",
+        "a%2Fb.json",
+        "é~(1)'!*.json",
+        "a=b&c?d#e.json",
+    ];
+    for name in names {
+        s3.put(
+            "models",
+            &format!("p @1/{name}"),
+            name.to_owned(),
+            PutOptions::default(),
+        );
+    }
+    let source = open(&s3, "s3://models/p %401");
+
+    let files = list(&source).await.unwrap().files;
+
+    assert_eq!(files.len(), names.len());
+    for file in &files {
+        let got = bytes(&source, file, 0..file.size).await.unwrap();
+        assert_eq!(String::from_utf8(got).unwrap(), file.path.as_str());
+    }
+}
+
+#[tokio::test]
+async fn an_object_that_changes_is_never_read_on() {
+    let s3 = model().await;
+    let source = open(&s3, "s3://models/x");
+    let files = list(&source).await.unwrap().files;
+    let weights = file(&files, "model.safetensors");
+    assert_eq!(bytes(&source, weights, 0..5).await.unwrap(), large()[..5]);
+
+    s3.put(
+        "models",
+        "x/model.safetensors",
+        vec![0; 1_000_000],
+        PutOptions::default(),
+    );
+    let replaced = bytes(&source, weights, 5..10).await.unwrap_err();
+    s3.delete("models", "x/model.safetensors");
+    let deleted = bytes(&source, weights, 5..10).await.unwrap_err();
+
+    for error in [replaced, deleted] {
+        assert!(matches!(error, SourceError::Changed { .. }), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_version_stays_readable_after_the_object_changed() {
+    let s3 = server().await;
+    s3.set_versioned("models");
+    s3.put("models", "x/config.json", "first", PutOptions::default());
+    let source = open(&s3, "s3://models/x");
+    let files = list(&source).await.unwrap().files;
+
+    s3.put("models", "x/config.json", "second", PutOptions::default());
+
+    assert_eq!(bytes(&source, &files[0], 0..5).await.unwrap(), b"first");
+}
+
+#[tokio::test]
+async fn a_server_that_ignores_the_precondition_is_caught() {
+    let s3 = model().await;
+    let source = open(&s3, "s3://models/x");
+    let files = list(&source).await.unwrap().files;
+    for (etag, range) in [("\"other\"", "bytes 0-1/2"), ("", "bytes 0-1/2")] {
+        let header = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+        let other = FaultKind::Status {
+            status: 206,
+            headers: vec![header("etag", etag), header("content-range", range)],
+            body: "[]".to_owned(),
+        };
+        s3.fault(Fault::new(other));
+        let error = bytes(&source, file(&files, "config.json"), 0..2)
+            .await
+            .unwrap_err();
+        assert!(matches!(error, SourceError::Changed { .. }), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_server_without_ranges_is_read_from_the_first_byte_only() {
+    let s3 = model().await;
+    s3.allow_anonymous("models");
+    // The fault takes the header away before signatures are checked.
+    let config = S3Config {
+        identity: S3Identity::Nobody,
+        ..config(&s3)
+    };
+    let source = S3Source::new(clients(), config, "s3://models/x".parse().unwrap());
+    let files = list(&source).await.unwrap().files;
+    let weights = file(&files, "model.safetensors");
+    s3.fault(Fault::new(FaultKind::IgnoreRange).times(2));
+
+    assert!(bytes(&source, weights, 0..1000).await.unwrap() == large()[..1000]);
+    let error = bytes(&source, weights, 1000..2000).await.unwrap_err();
+
+    assert!(matches!(error, SourceError::NoRanges { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn other_bytes_than_those_asked_for_are_refused() {
+    let s3 = model().await;
+    let source = open(&s3, "s3://models/x");
+    let files = list(&source).await.unwrap().files;
+    let weights = file(&files, "model.safetensors");
+    for what in [
+        FaultKind::ShiftedRange { by: 8 },
+        FaultKind::WrongLength { by: 3 },
+    ] {
+        s3.fault(Fault::new(what));
+        let error = bytes(&source, weights, 0..1000).await.unwrap_err();
+        assert!(matches!(error, SourceError::Invalid { .. }), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_body_that_breaks_off_gives_what_came_and_then_an_error() {
+    let s3 = model().await;
+    let source = open(&s3, "s3://models/x");
+    let files = list(&source).await.unwrap().files;
+    s3.fault(Fault::new(FaultKind::Cut {
+        after_bytes: 300_000,
+    }));
+    let weights = file(&files, "model.safetensors");
+    let mut stream = source.read(weights, 0..1_000_000).await.unwrap();
+
+    let mut got = Vec::new();
+    let error = loop {
+        match stream.try_next().await {
+            Ok(piece) => got.extend(piece.expect("an error comes first")),
+            Err(error) => break error,
+        }
+    };
+
+    assert!(matches!(error, SourceError::Unavailable { .. }), "{error}");
+    assert!(got.len() <= 300_000 && got == large()[..got.len()]);
+    assert!(stream.try_next().await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn a_range_is_asked_for_once_and_a_question_again() {
+    let s3 = model().await;
+    let source = open(&s3, "s3://models/x");
+    s3.fault(Fault::status(503).times(2));
+    let files = list(&source).await.unwrap().files;
+    s3.clear_requests();
+    s3.fault(Fault::new(FaultKind::Status {
+        status: 503,
+        headers: vec![("retry-after".to_owned(), "7".to_owned())],
+        body: "<Error><Code>SlowDown</Code><Message>Reduce your rate.</Message></Error>".to_owned(),
+    }));
+
+    let error = bytes(&source, &files[0], 0..2).await.unwrap_err();
+
+    assert_eq!(s3.requests().len(), 1, "the fetcher retries, not the SDK");
+    let SourceError::Unavailable { retry_after, .. } = &error else {
+        panic!("{error}")
+    };
+    assert_eq!(retry_after.unwrap().as_secs(), 7);
+    assert!(error.to_string().contains("SlowDown"), "{error}");
+}
+
+#[tokio::test]
+async fn many_ranges_are_read_at_once_over_connections_that_stay() {
+    let s3 = model().await;
+    let source = open(&s3, "s3://models/x");
+    let files = list(&source).await.unwrap().files;
+    let weights = file(&files, "model.safetensors");
+    s3.fault(
+        Fault::new(FaultKind::Slow {
+            bytes_per_second: 50_000,
+        })
+        .times(64),
+    );
+
+    let ranges = (0..64_u64).map(|at| bytes(&source, weights, at * 10_000..(at + 1) * 10_000));
+    let parts = futures::future::try_join_all(ranges).await.unwrap();
+
+    assert!(parts.concat() == large()[..640_000]);
+    assert!(
+        s3.max_concurrent_requests() >= 48,
+        "{}",
+        s3.max_concurrent_requests()
+    );
+}
