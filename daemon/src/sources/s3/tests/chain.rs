@@ -15,10 +15,9 @@ use super::*;
 /// What the process prints before its result.
 const MARK: &str = "RESULT ";
 
-/// Is run by the other tests, in an environment of theirs.
+/// Is run by the other tests as a process with an environment of theirs. By itself it does nothing.
 #[tokio::test]
-#[ignore = "the other tests run it"]
-async fn child() {
+async fn a_process_of_its_own() {
     let Ok(model) = std::env::var("WEIGHTD_TEST_MODEL") else {
         return;
     };
@@ -49,8 +48,7 @@ async fn run(s3: &S3Server, home: &Path, variables: &[(&str, &str)]) -> String {
     command
         .args([
             "--exact",
-            "sources::s3::tests::chain::child",
-            "--ignored",
+            "sources::s3::tests::chain::a_process_of_its_own",
             "--nocapture",
         ])
         .env_clear()
