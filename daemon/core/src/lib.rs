@@ -1,4 +1,45 @@
-//! The domain of weightd: what a model is, the store that holds it, the fetcher that brings it.
+//! The domain of weightd: what a model is, the store that holds it, the fetcher that brings it. It knows
+//! no gRPC, no Kubernetes and no vendor.
+//!
+//! ```text
+//! weightctl main             parse the command line; ModelRef refuses a typo before any connection
+//!  └ ControlClient            the daemon's socket, or the same service in this process
+//!     └ rpc                    messages into calls, errors into codes
+//!        └ Fetcher::fetch        a task of its own: a client that leaves cancels nothing
+//!           └ bring              Source::resolve, then list; is the snapshot here? touch it, done
+//!              ├ Lease            a snapshot in the making; what is here is linked in
+//!              ├ Store::reserve   disk space for the rest; evict; NoSpace says what is short
+//!              ├ one file         claim the bytes, or follow whoever has them
+//!              │  └ parts          ranges in parallel → blocks → write, journal; one hasher follows
+//!              │     └ Part::seal   sync, link into the lease, rename to its digest
+//!              ├ check            safetensors headers and their index
+//!              └ Lease::publish   sync, rename
+//! ```
+//!
+//! | Module | Holds |
+//! |---|---|
+//! | [`model`] | what a user asks for and what it resolves to |
+//! | [`source`] | the interface to origins, and the choice of files |
+//! | [`digest`], [`manifest`] | what was claimed, what was hashed |
+//! | [`store`] | one tier on disk: blobs, snapshots, pins, eviction, verification |
+//! | [`fetch`] | bringing a snapshot |
+//! | [`metrics`], [`errors`], [`blocking`], [`fault`] | counting, explaining, the door to blocking work, dying on order |
+//!
+//! # Where this is not the design as it was drawn
+//!
+//! - A lease is a directory of hard links, locked by its maker, not a count in memory. It holds against
+//!   the collector of *another* process too, and a blob is linked there before it gets its name.
+//! - Blocks are written by the connection that received them, not sent to one writer for each file; the
+//!   hasher reads them back from the page cache moments later. So memory is `connections × block`
+//!   whatever the order of arrival, and no channel needs a bound.
+//! - A journal record carries the checksum of its block. After a power loss the journal may be ahead of
+//!   the bytes, and not every origin names a digest that would find that out.
+//! - Room for a fetch is a preallocated file that shrinks as files are staged: the kernel keeps the
+//!   reservation, against other processes too.
+//! - `refs/` holds the revision beside the snapshot, so that other file patterns find theirs.
+//! - The S3 revision leaves the version id out of the digest: an ETag tells contents apart, and asking
+//!   for versions would need one more permission. Reads name the version all the same.
+
 pub mod blocking;
 pub mod digest;
 pub mod errors;
