@@ -10,6 +10,8 @@ use self::directory::DirectorySource;
 use self::hf::{HfClients, HfConfig, HfConfigError, HfSource};
 use self::s3::{S3ClientError, S3Clients, S3Config, S3Source};
 
+#[cfg(test)]
+mod conformance;
 pub mod directory;
 pub mod hf;
 pub mod s3;
