@@ -60,7 +60,7 @@ pub(crate) enum Format {
 /// A model and the files wanted of it.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Spec {
-    /// hf://org/name[@revision], s3://bucket/prefix[@revision] or file:///path
+    #[arg(help = "hf://org/name[@revision], s3://bucket/prefix[@revision] or file:///path")]
     pub(crate) model: ModelRef,
     #[command(flatten)]
     pub(crate) files: Files,
