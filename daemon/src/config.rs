@@ -358,6 +358,7 @@ impl Config {
                 S3Identity::Chain
             },
             unsigned_buckets: self.s3.unsigned_buckets.clone(),
+            ..S3Config::default()
         })
     }
 

@@ -104,6 +104,7 @@ impl Model {
                     ..Claims::default()
                 },
                 identity: None,
+                vouched: true,
                 xet_hash: None,
             };
             match store.has(sha256) {

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
@@ -18,7 +19,7 @@ use crate::digest::ClaimMismatch;
 use crate::errors::Chain;
 use crate::metrics::Metrics;
 use crate::model::{ModelRef, RelPath, SnapshotId};
-use crate::source::{LeftOut, SourceError, Sources};
+use crate::source::{LeftOut, Source, SourceError, Sources};
 use crate::store::{FetchRecord, Snapshot, Store, StoreError};
 
 mod bring;
@@ -185,18 +186,36 @@ type Outcome = Option<Result<Fetched, FetchError>>;
 /// One fetch under way.
 struct Job {
     request: FetchRequest,
+    /// Read with the credentials of whoever asked first; `None` for this process's own.
+    source: Option<Arc<dyn Source>>,
     meter: Arc<Meter>,
+    /// Where the verified files are until the snapshot is published.
+    tree: watch::Sender<Option<PathBuf>>,
     outcome: watch::Sender<Outcome>,
 }
 
 /// A caller's view of a fetch, which goes on without it.
 pub struct Fetch {
     progress: watch::Receiver<Progress>,
+    tree: watch::Receiver<Option<PathBuf>>,
     outcome: watch::Receiver<Outcome>,
     model: ModelRef,
+    joined: bool,
 }
 
 impl Fetch {
+    /// Whether somebody else had asked for it before, with credentials of their own.
+    #[must_use]
+    pub fn joined(&self) -> bool {
+        self.joined
+    }
+
+    /// The directory in which its files appear, each as it is verified. It goes when the fetch ends.
+    #[must_use]
+    pub fn tree(&self) -> Option<PathBuf> {
+        self.tree.borrow().clone()
+    }
+
     /// How far it is.
     #[must_use]
     pub fn progress(&self) -> watch::Receiver<Progress> {
@@ -276,11 +295,24 @@ impl Fetcher {
 
     /// Starts to fetch, or joins the same request under way. It goes on if the caller leaves.
     pub fn fetch(self: &Arc<Self>, request: FetchRequest) -> Fetch {
+        self.start(request, None)
+    }
+
+    /// The same, from a source that has the requester's credentials. A fetch that is joined goes on with
+    /// those of whoever began it, as does one that another process resumes with its own.
+    pub fn fetch_from(self: &Arc<Self>, source: Arc<dyn Source>, request: FetchRequest) -> Fetch {
+        self.start(request, Some(source))
+    }
+
+    fn start(self: &Arc<Self>, request: FetchRequest, source: Option<Arc<dyn Source>>) -> Fetch {
         let mut active = self.active.lock().expect("no holder of this lock panics");
+        let joined = active.contains_key(&request);
         let job = active.entry(request.clone()).or_insert_with(|| {
             let job = Arc::new(Job {
                 meter: Arc::new(Meter::new(request.model.clone())),
+                tree: watch::channel(None).0,
                 outcome: watch::channel(None).0,
+                source,
                 request,
             });
             self.tasks.spawn(Arc::clone(self).run(Arc::clone(&job)));
@@ -288,8 +320,10 @@ impl Fetcher {
         });
         Fetch {
             progress: job.meter.subscribe(),
+            tree: job.tree.subscribe(),
             outcome: job.outcome.subscribe(),
             model: job.request.model.clone(),
+            joined,
         }
     }
 

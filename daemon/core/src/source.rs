@@ -78,6 +78,9 @@ pub struct RemoteFile {
     pub size: u64,
     /// What the source says of the bytes.
     pub claims: Claims,
+    /// The source itself has seen to it that the claimed SHA-256 holds. Else it is only what somebody wrote
+    /// beside the bytes: it is checked, but it gives nobody bytes that are here for another reason.
+    pub vouched: bool,
     /// A text that names these very bytes at their origin, for sources that give no SHA-256: the
     /// store remembers which digest it stood for. Never a secret.
     pub identity: Option<String>,

@@ -11,6 +11,7 @@
 //!   snapshots/<snapshot id>/manifest.json, tree/…
 //!   refs/<scheme>/<name>/<revision asked>
 //!   pins/<kind>/<holder>/<snapshot id>
+//!   volumes/csi/<name>/               a mounted tree that is no snapshot's own
 //!   known/<aa>/<64 hex>               an origin's name for some bytes → their digest
 //!   fetches/<64 hex>.json             fetches under way, to be resumed
 //!   rates/<scheme>                    bytes per second that a kind of source served
@@ -53,6 +54,7 @@ mod snapshot;
 #[cfg(test)]
 mod tests;
 mod verify;
+mod volume;
 
 pub use blob::{Claim, Claimed, HashError, Part, StageKey, Watch};
 pub use evict::{Collected, Partial, Room, RoomPlan, Usage};
@@ -60,6 +62,7 @@ pub use pin::{Holder, HolderError};
 pub use record::FetchRecord;
 pub use snapshot::{Lease, Snapshot, SnapshotLease};
 pub use verify::{Damaged, Verified};
+pub use volume::{Layout, Volume, VolumeRecord};
 
 /// Which tier a store is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -126,6 +129,7 @@ impl Store {
             "known",
             "fetches",
             "damaged",
+            "volumes",
         ];
         for folder in folders {
             let path = store.root.join(folder);

@@ -64,7 +64,7 @@ fn sources(dir: &Path, hub: &Hub, s3: &S3Server) -> Vec<(&'static str, Open)> {
         endpoint: Some(s3.endpoint().parse().unwrap()),
         region: Some("us-east-1".to_owned()),
         identity: S3Identity::Keys(keys),
-        unsigned_buckets: Vec::new(),
+        ..S3Config::default()
     };
     let s3_clients = S3Clients::new().unwrap();
     let open_s3: Open = Box::new(move |revision| {

@@ -107,6 +107,7 @@ impl DirectorySource {
             path: path.clone(),
             size: *size,
             claims: Claims::default(),
+            vouched: false,
             identity: Some(file.identity()),
             xet_hash: None,
         });

@@ -134,6 +134,7 @@ impl S3Source {
             path: path.clone(),
             size: *size,
             claims: object.claims,
+            vouched: object.checked_by_s3 || self.bucket.config.believe_metadata,
             identity: object.identity.clone(),
             xet_hash: None,
         });

@@ -42,11 +42,13 @@ impl Fetcher {
                     .await;
             }
         }
-        let source = self
-            .shared
-            .sources
-            .open(model)
-            .map_err(|error| job.source_error(error))?;
+        let source = match &job.source {
+            Some(source) => Arc::clone(source),
+            None => {
+                let opened = self.shared.sources.open(model);
+                opened.map_err(|error| job.source_error(error))?
+            }
+        };
         let revision = self.patiently(job, || source.resolve()).await?;
         let id = SnapshotId::new(model, &revision, patterns);
         job.meter.set(|progress| {
@@ -170,6 +172,7 @@ impl Fetcher {
         let part_bytes = self.shared.limits.part_bytes;
         files.sort_by(|a, b| (a.size > part_bytes, &a.path).cmp(&(b.size > part_bytes, &b.path)));
         let lease = Arc::new(job.on_store(&self.shared.store, Store::lease).await?);
+        job.tree.send_replace(Some(lease.tree()));
         let (here, missing) = self.look_up(job, &lease, &files).await?;
         for entry in &here {
             job.meter.file().found(entry.size);
@@ -332,12 +335,7 @@ fn link_if_here(
     lease: &Lease,
     file: &RemoteFile,
 ) -> Result<Option<FileEntry>, StoreError> {
-    let digest = match (file.claims.sha256, &file.identity) {
-        (Some(digest), _) => Some(digest),
-        (None, Some(identity)) => store.known(identity)?,
-        (None, None) => None,
-    };
-    let Some(digest) = digest else {
+    let Some(digest) = store.digest_of(file)? else {
         return Ok(None);
     };
     Ok(lease.add(digest, &file.path)?.then(|| entry(file, digest)))

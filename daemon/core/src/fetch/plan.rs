@@ -59,7 +59,9 @@ impl Fetcher {
         let meter = Arc::new(Meter::new(model.clone()));
         let job = Job {
             request,
+            source: None,
             meter,
+            tree: watch::channel(None).0,
             outcome: watch::channel(None).0,
         };
         let source = self
@@ -109,11 +111,7 @@ impl Fetcher {
 
 /// Bytes of a file that need not be fetched: all, or what an earlier fetch left.
 fn bytes_here(store: &Store, file: &RemoteFile) -> Result<u64, StoreError> {
-    let digest = match (file.claims.sha256, &file.identity) {
-        (Some(digest), _) => Some(digest),
-        (None, Some(identity)) => store.known(identity)?,
-        (None, None) => None,
-    };
+    let digest = store.digest_of(file)?;
     if digest.is_some_and(|digest| store.has(digest)) {
         return Ok(file.size);
     }

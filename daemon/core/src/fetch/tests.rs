@@ -89,6 +89,7 @@ impl Source for OriginSource {
                 },
                 path,
                 size,
+                vouched: true,
                 xet_hash: None,
             };
             Ok(Listing {

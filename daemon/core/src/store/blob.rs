@@ -36,7 +36,7 @@ impl StageKey {
     /// origin lets us know; bytes that it gives no name to cannot be resumed.
     #[must_use]
     pub fn of(file: &RemoteFile) -> Self {
-        match (file.claims.sha256, &file.identity) {
+        match (file.claims.sha256.filter(|_| file.vouched), &file.identity) {
             (Some(digest), _) => Self(digest.to_string()),
             (None, Some(identity)) => Self(Digest::of(identity.as_bytes()).to_string()),
             (None, None) => Self(uuid::Uuid::new_v4().simple().to_string()),

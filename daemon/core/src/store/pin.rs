@@ -30,6 +30,18 @@ impl Holder {
     pub fn operator(name: &str) -> Result<Self, HolderError> {
         format!("operator/{name}").parse()
     }
+
+    /// As it is written.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// Whether it is a pod's volume.
+    #[must_use]
+    pub fn is_volume(&self) -> bool {
+        self.0.starts_with("csi/")
+    }
 }
 
 impl FromStr for Holder {
@@ -67,12 +79,26 @@ impl Store {
         if !self.snapshot_dir(id).join("manifest.json").exists() {
             return Err(StoreError::Missing(id.to_string()));
         }
+        self.write_pin(id, holder)
+    }
+
+    /// Writes the pin. The caller holds the store's lock.
+    pub(super) fn write_pin(&self, id: &SnapshotId, holder: &Holder) -> Result<(), StoreError> {
         let path = self.pin_path(id, holder);
         let parent = path.parent().unwrap_or(self.root());
-        make_dirs(parent).at("create", parent)?;
-        File::create(&path)
-            .and_then(|_| sync_parent(&path))
-            .at("write", &path)?;
+        loop {
+            make_dirs(parent).at("create", parent)?;
+            match File::options().create(true).append(true).open(&path) {
+                Ok(_) => break,
+                // The holder's folder went with another pin just now.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error).at("write", &path),
+            }
+        }
+        // No mount outlives a power loss, so a mount's pin need not.
+        if !holder.is_volume() {
+            sync_parent(&path).at("write", &path)?;
+        }
         fault::point("pin.written");
         Ok(())
     }
@@ -84,7 +110,6 @@ impl Store {
     /// [`StoreError::Io`].
     pub fn unpin(&self, id: &SnapshotId, holder: &Holder) -> Result<bool, StoreError> {
         let path = self.pin_path(id, holder);
-        let _alone = self.lock_alone()?;
         let removed = match fs::remove_file(&path) {
             Ok(()) => true,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
@@ -95,23 +120,29 @@ impl Store {
         Ok(removed)
     }
 
-    /// Lets go of everything that `holder` holds; returns how much that was.
+    /// Lets go of everything that `holder` holds, its volume's directory too; returns how many
+    /// snapshots it held. What it held must not be mounted any more.
     ///
     /// # Errors
     ///
     /// [`StoreError::Io`].
     pub fn release(&self, holder: &Holder) -> Result<u32, StoreError> {
+        self.remove_volume(holder)?;
         let mut released = 0;
-        for entry in entries(&self.root.join("pins").join(&holder.0))? {
-            let id = entry
-                .file_name()
-                .to_str()
-                .and_then(|name| name.parse::<SnapshotId>().ok());
-            if let Some(id) = id {
-                released += u32::from(self.unpin(&id, holder)?);
-            }
+        for id in self.pinned_by(holder)? {
+            released += u32::from(self.unpin(&id, holder)?);
         }
         Ok(released)
+    }
+
+    /// The snapshots that `holder` pins.
+    pub(super) fn pinned_by(&self, holder: &Holder) -> Result<Vec<SnapshotId>, StoreError> {
+        let pins = entries(&self.root.join("pins").join(&holder.0))?;
+        let ids = pins.iter().filter_map(|entry| {
+            let name = entry.file_name();
+            name.to_str()?.parse::<SnapshotId>().ok()
+        });
+        Ok(ids.collect())
     }
 
     /// Who needs the snapshot.

@@ -14,9 +14,10 @@ use super::{At, Store, StoreError, entries, make_dirs, write_atomically};
 use crate::digest::Digest;
 use crate::fault;
 use crate::model::{ModelRef, Patterns, Revision, Scheme, SnapshotId};
+use crate::source::RemoteFile;
 
 /// What a model's name stood for when it was last resolved.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Reference {
     pub(super) revision: Revision,
     pub(super) snapshot: SnapshotId,
@@ -138,7 +139,11 @@ impl Store {
             revision: revision.clone(),
             snapshot: id.clone(),
         };
-        self.write_json(&self.ref_path(model), &reference)?;
+        let path = self.ref_path(model);
+        if read_json(&path)?.is_some_and(|found: Reference| found == reference) {
+            return Ok(());
+        }
+        self.write_json(&path, &reference)?;
         fault::point("ref.written");
         Ok(())
     }
@@ -172,6 +177,19 @@ impl Store {
     /// [`StoreError::Io`].
     pub fn known(&self, identity: &str) -> Result<Option<Digest>, StoreError> {
         read_json(&self.known_path(identity))
+    }
+
+    /// The digest of a file's bytes, as far as it is sure before they are here.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Io`].
+    pub fn digest_of(&self, file: &RemoteFile) -> Result<Option<Digest>, StoreError> {
+        match (file.claims.sha256, &file.identity) {
+            (Some(digest), _) if file.vouched => Ok(Some(digest)),
+            (_, Some(identity)) => self.known(identity),
+            _ => Ok(None),
+        }
     }
 
     /// Remembers that what an origin calls `identity` has this digest.

@@ -265,6 +265,7 @@ impl Lease {
             Ok(()) => {
                 fault::point("publish.renamed");
                 sync_parent(&to).at("sync the folder of", &to)?;
+                self.store.complete_volumes(&manifest.snapshot)?;
                 let lock = self.lock.take().expect("it is taken only here");
                 return Ok(SnapshotLease { _lock: lock });
             }
@@ -277,6 +278,7 @@ impl Lease {
         }
         if !to.join("manifest.json").exists() {
             self.repair(&to, manifest, &json)?;
+            self.store.complete_volumes(&manifest.snapshot)?;
         }
         drop(shared);
         let lease = self.store.lease_snapshot(&manifest.snapshot)?;

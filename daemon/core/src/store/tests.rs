@@ -30,6 +30,7 @@ fn remote(path: &str, bytes: &[u8]) -> RemoteFile {
             ..Claims::default()
         },
         identity: None,
+        vouched: true,
         xet_hash: None,
     }
 }

@@ -243,6 +243,9 @@ impl Store {
                 withdrawn.push(snapshot.manifest.snapshot);
             }
         }
+        if let Some(bad) = bad {
+            self.drop_from_volumes(bad)?;
+        }
         Ok(withdrawn)
     }
 

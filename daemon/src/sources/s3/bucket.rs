@@ -27,7 +27,7 @@ pub(super) struct Question {
 /// A model's bucket and prefix.
 pub(super) struct Bucket {
     clients: Arc<S3Clients>,
-    config: S3Config,
+    pub(super) config: S3Config,
     pub(super) model: ModelRef,
     pub(super) name: String,
     /// Ends in a slash, or is empty for the whole bucket.

@@ -25,6 +25,8 @@ pub(super) struct Object {
     etag: String,
     version: Option<String>,
     pub(super) claims: Claims,
+    /// The SHA-256 among the claims is one that S3 computed, not what an uploader wrote.
+    pub(super) checked_by_s3: bool,
     pub(super) identity: Option<String>,
 }
 
@@ -80,6 +82,7 @@ pub(super) async fn look(bucket: &Bucket, listed: &Listed) -> Result<Object, Sou
     let identity = identity.collect::<Vec<_>>().join(":");
     Ok(Object {
         claims: claims(&head, &question.what)?,
+        checked_by_s3: whole_sha256(&head).is_some(),
         // A weak ETag stands for bytes that are alike, not for the same ones.
         identity: (!etag.starts_with("W/")).then(|| format!("s3:{identity}:{}", listed.size)),
         size: listed.size,
@@ -112,12 +115,8 @@ fn archive(head: &HeadObjectOutput) -> Option<String> {
 
 /// What S3 says of the whole object's bytes.
 fn claims(head: &HeadObjectOutput, what: &str) -> Result<Claims, SourceError> {
-    // A checksum of the parts' checksums is of no use to us: its text ends in `-<parts>`.
-    let whole = |text: &&str| match head.checksum_type() {
-        Some(kind) => *kind == ChecksumType::FullObject,
-        None => !text.contains('-'),
-    };
-    let sha256 = bytes(head.checksum_sha256().filter(whole)).map(Digest::from_bytes);
+    let whole = |text: &&str| is_whole(head, text);
+    let sha256 = whole_sha256(head);
     let metadata = head.metadata().and_then(|all| all.get("sha256"));
     let metadata = metadata.and_then(|text| text.trim().to_lowercase().parse::<Digest>().ok());
     if let (Some(checksum), Some(metadata)) = (sha256, metadata)
@@ -135,6 +134,19 @@ fn claims(head: &HeadObjectOutput, what: &str) -> Result<Claims, SourceError> {
         crc64nvme: bytes(head.checksum_crc64_nvme().filter(whole)).map(u64::from_be_bytes),
         crc32c: bytes(head.checksum_crc32_c().filter(whole)).map(u32::from_be_bytes),
     })
+}
+
+fn whole_sha256(head: &HeadObjectOutput) -> Option<Digest> {
+    let text = head.checksum_sha256().filter(|text| is_whole(head, text));
+    bytes(text).map(Digest::from_bytes)
+}
+
+/// A checksum of the parts' checksums is of no use to us: its text ends in `-<parts>`.
+fn is_whole(head: &HeadObjectOutput, text: &str) -> bool {
+    match head.checksum_type() {
+        Some(kind) => *kind == ChecksumType::FullObject,
+        None => !text.contains('-'),
+    }
 }
 
 fn bytes<const N: usize>(text: Option<&str>) -> Option<[u8; N]> {
