@@ -5,7 +5,11 @@ use std::error::Error;
 const FILES: [&str; 2] = ["csi/v1/csi.proto", "weightd/v1/weightd.proto"];
 
 /// Messages that carry credentials. They get no `Debug`, so that logging one does not compile.
-const SECRET: [&str; 3] = [
+const SECRET: [&str; 7] = [
+    ".weightd.v1.AcquireRequest",
+    ".weightd.v1.Credentials",
+    ".csi.v1.CreateVolumeRequest",
+    ".csi.v1.ValidateVolumeCapabilitiesRequest",
     ".csi.v1.NodeStageVolumeRequest",
     ".csi.v1.NodePublishVolumeRequest",
     ".csi.v1.NodeExpandVolumeRequest",

@@ -10,6 +10,7 @@ use weightd_core::fetch::{FetchLimits, FetchRequest};
 use weightd_core::model::{ModelRef, Patterns};
 use weightd_core::store::{Holder, StoreLimits};
 
+use crate::access::{AccessLimits, Policy, Rule};
 use crate::sources::hf::{HfConfig, HfConfigError};
 use crate::sources::s3::{S3Config, S3Identity};
 use crate::telemetry::LogFormat;
@@ -36,6 +37,7 @@ pub struct Config {
     pub hf: HfSection,
     pub s3: S3Section,
     pub file: FileSection,
+    pub access: AccessSection,
     pub scrub: ScrubSection,
     pub metrics: MetricsSection,
     pub log: LogSection,
@@ -80,6 +82,13 @@ section!(S3Section {
     unsigned_buckets: Vec<String> = Vec::new(),
 });
 section!(FileSection { allow: Vec<PathBuf> = Vec::new(), });
+section!(AccessSection {
+    allow: Vec<Rule> = Vec::new(),
+    deny: Vec<Rule> = Vec::new(),
+    remember: Span = Span(Duration::from_secs(10 * 60)),
+    when_unreachable: WhenUnreachable = WhenUnreachable::Remembered,
+    unreachable_window: Span = Span::hours(1),
+});
 section!(ScrubSection {
     interval: Span = Span::hours(7 * 24),
     bytes_per_second: Bytes = Bytes(50 << 20),
@@ -92,6 +101,18 @@ section!(LogSection {
 section!(ShutdownSection {
     deadline: Span = Span(Duration::from_secs(20)),
 });
+
+/// What decides who may read a model while its origin cannot be asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WhenUnreachable {
+    /// What the origin said within the window.
+    Remembered,
+    /// Nobody gets it.
+    Deny,
+    /// The policy alone.
+    Allow,
+}
 
 /// A model that the daemon keeps here.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -121,6 +142,7 @@ impl Default for Config {
             hf: HfSection::default(),
             s3: S3Section::default(),
             file: FileSection::default(),
+            access: AccessSection::default(),
             scrub: ScrubSection::default(),
             metrics: MetricsSection::default(),
             log: LogSection::default(),
@@ -272,6 +294,7 @@ impl Config {
         )?;
         let absolute = self.file.allow.iter().all(|path| path.is_absolute());
         ensure(absolute, "file.allow", "all are absolute paths")?;
+        self.policy()?;
         let filter = tracing_subscriber::EnvFilter::try_new(&self.log.level);
         ensure(
             filter.is_ok(),
@@ -360,6 +383,29 @@ impl Config {
             unsigned_buckets: self.s3.unsigned_buckets.clone(),
             ..S3Config::default()
         })
+    }
+
+    /// Which namespaces may use which models.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError::Value`] for a rule that is no glob.
+    pub fn policy(&self) -> Result<Policy, ConfigError> {
+        let policy = Policy::new(&self.access.allow, &self.access.deny);
+        policy.map_err(|error| ConfigError::Value {
+            key: "access".to_owned(),
+            reason: error.to_string(),
+        })
+    }
+
+    /// How long the rights to models are remembered.
+    #[must_use]
+    pub fn access_limits(&self) -> AccessLimits {
+        AccessLimits {
+            remember: self.access.remember.0,
+            when_unreachable: self.access.when_unreachable,
+            unreachable_window: self.access.unreachable_window.0,
+        }
     }
 
     /// The models to keep here.

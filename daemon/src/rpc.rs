@@ -8,19 +8,21 @@ use std::sync::Arc;
 
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 use weightd_core::blocking;
-use weightd_core::fetch::{Fetch, FetchError, FetchRequest, Fetched, Fetcher};
+use weightd_core::fetch::{Fetch, FetchError, FetchRequest, Fetched, Fetcher, Progress};
 use weightd_core::metrics::Metrics;
-use weightd_core::model::{ModelRef, Patterns};
+use weightd_core::model::{ModelRef, Patterns, SnapshotId};
 use weightd_core::store::{Holder, Partial, Snapshot, Store, StoreError};
 use weightd_proto::weightd::v1 as wire;
 use weightd_proto::weightd::v1::control_server::Control;
 
+use crate::volumes::Volumes;
+
 mod convert;
 mod status;
 
-use status::{invalid, of_fetch, of_store};
+use status::{invalid, of_acquire, of_fetch, of_store};
 
 /// Events that a slow client may lag behind.
 const EVENTS: usize = 16;
@@ -35,6 +37,8 @@ pub struct Engine {
     pub fetcher: Arc<Fetcher>,
     /// What is counted.
     pub metrics: Arc<Metrics>,
+    /// What pods mount.
+    pub volumes: Arc<Volumes>,
 }
 
 /// The control API on an [`Engine`].
@@ -330,38 +334,81 @@ impl Control for ControlService {
         request: Request<wire::AcquireRequest>,
     ) -> Result<Response<Self::AcquireStream>, Status> {
         use wire::acquire_event::Event;
-        let request = request.into_inner();
-        let (model, patterns) = parse(request.model)?;
-        let holder = request
-            .holder
-            .parse::<Holder>()
-            .map_err(|error| invalid(&error))?;
-        let fetch = self.0.fetcher.fetch(FetchRequest {
-            model,
-            patterns,
-            pin: Some(holder),
+        let mut request = request.into_inner();
+        let (model, patterns) = parse(request.model.take())?;
+        let request = convert::volume_request(request, model, patterns)?;
+        let (events, stream) = mpsc::channel(EVENTS);
+        let engine = Arc::clone(&self.0);
+        tokio::spawn(async move {
+            let mut report = |progress: &Progress| {
+                let event = Event::Progress(convert::progress(progress));
+                // Progress that nobody reads in time may be lost.
+                let _ = events.try_send(Ok(wire::AcquireEvent { event: Some(event) }));
+            };
+            let acquired = tokio::select! {
+                // A client that left holds nothing: its next call begins anew.
+                () = events.closed() => return,
+                acquired = engine.volumes.acquire(&request, &mut report) => acquired,
+            };
+            let last = acquired.map_err(|error| of_acquire(&error));
+            engine.metrics.acquired(match &last {
+                Ok(_) => "ok",
+                Err(status) if status.code() == Code::PermissionDenied => "denied",
+                Err(_) => "failed",
+            });
+            let last = last.map(|acquired| wire::AcquireEvent {
+                event: Some(Event::Done(convert::acquired(&acquired))),
+            });
+            let _ = events.send(last).await;
         });
-        Ok(follow(
-            fetch,
-            |progress| wire::AcquireEvent {
-                event: Some(Event::Progress(progress)),
-            },
-            |fetched| wire::AcquireEvent {
-                event: Some(Event::Done(convert::snapshot(&fetched.snapshot, false))),
-            },
-        ))
+        Ok(Response::new(ReceiverStream::new(stream)))
     }
 
     async fn release(
         &self,
         request: Request<wire::ReleaseRequest>,
     ) -> Result<Response<wire::ReleaseResponse>, Status> {
-        let holder = request
-            .into_inner()
-            .holder
-            .parse::<Holder>()
-            .map_err(|error| invalid(&error))?;
-        let released = self.on_store(move |store| store.release(&holder)).await?;
+        let holder = holder(&request.into_inner().holder)?;
+        let released = self.0.volumes.release(holder).await;
+        let released = released.map_err(|error| of_store(&error))?;
         Ok(Response::new(wire::ReleaseResponse { released }))
+    }
+
+    async fn volumes(
+        &self,
+        _: Request<wire::VolumesRequest>,
+    ) -> Result<Response<wire::VolumesResponse>, Status> {
+        let volumes = self.0.volumes.list().await;
+        let volumes = volumes.map_err(|error| of_store(&error))?;
+        Ok(Response::new(wire::VolumesResponse {
+            volumes: volumes.iter().map(convert::volume).collect(),
+        }))
+    }
+
+    async fn hold(
+        &self,
+        request: Request<wire::HoldRequest>,
+    ) -> Result<Response<wire::HoldResponse>, Status> {
+        let request = request.into_inner();
+        let holder = holder(&request.holder)?;
+        let id = request.snapshot.parse::<SnapshotId>();
+        let id = id.map_err(|error| invalid(&error))?;
+        let held = self.on_store(move |store| match store.pin(&id, &holder) {
+            Ok(()) => Ok(true),
+            Err(StoreError::Missing(_)) => Ok(false),
+            Err(error) => Err(error),
+        });
+        Ok(Response::new(wire::HoldResponse { held: held.await? }))
+    }
+}
+
+/// A volume's holder.
+fn holder(text: &str) -> Result<Holder, Status> {
+    let holder = text.parse::<Holder>().map_err(|error| invalid(&error))?;
+    match holder.is_volume() {
+        true => Ok(holder),
+        false => Err(Status::invalid_argument(format!(
+            "`{text}` is no volume's holder: csi/<name>"
+        ))),
     }
 }

@@ -19,9 +19,11 @@ use weightd_core::source::SourceError;
 use weightd_core::store::{Partial, Store, StoreError};
 use weightd_proto::weightd::v1::control_server::ControlServer;
 
+use crate::access::Access;
 use crate::config::{Config, ConfigError};
 use crate::rpc::{ControlService, Engine};
 use crate::sources::{Origins, OriginsError};
+use crate::volumes::Volumes;
 
 mod http;
 mod scrub;
@@ -91,15 +93,22 @@ pub async fn run(config: Config) -> Result<(), ServeError> {
         config.s3_config()?,
         Some(config.file.allow.clone()),
     )?;
+    let sources = Arc::new(sources);
     let store = blocking::run(move || Store::open(&root, limits)).await?;
     let metrics = Arc::new(Metrics::default());
     let fetcher = Fetcher::new(
         Arc::clone(&store),
-        Arc::new(sources),
+        Arc::<Origins>::clone(&sources),
         config.fetch_limits(),
         Arc::clone(&metrics),
     );
+    let policy = config.policy()?;
+    if policy.is_open() {
+        tracing::info!("no access rules: pods of any namespace may mount what this node may read");
+    }
+    let access = Access::new(sources, Arc::clone(&store), policy, config.access_limits());
     let engine = Arc::new(Engine {
+        volumes: Volumes::new(Arc::clone(&fetcher), access),
         store,
         fetcher,
         metrics,
@@ -183,6 +192,7 @@ impl Daemon {
         tracing::debug!(?collected, "store swept");
         let fetcher = Arc::clone(&self.engine.fetcher);
         fetcher.resume()?;
+        self.engine.volumes.resume().await?;
         for request in requests {
             let (fetcher, stop) = (Arc::clone(&self.engine.fetcher), self.stop.clone());
             self.tasks.spawn(async move {
@@ -230,6 +240,7 @@ impl Daemon {
         let drain = async {
             // Fetches first: the clients that wait for them are then told, and leave.
             self.engine.fetcher.shutdown(deadline).await;
+            let _ = tokio::time::timeout_at(end, self.engine.volumes.shutdown()).await;
             let _ = tokio::time::timeout_at(end, self.tasks.wait()).await;
             if tokio::time::timeout_at(end, &mut control).await.is_err() {
                 tracing::warn!("clients did not leave in time");

@@ -210,10 +210,11 @@ impl Fetch {
         self.joined
     }
 
-    /// The directory in which its files appear, each as it is verified. It goes when the fetch ends.
+    /// The directory in which its files appear, each as it is verified, once there is one. It goes when
+    /// the fetch ends.
     #[must_use]
-    pub fn tree(&self) -> Option<PathBuf> {
-        self.tree.borrow().clone()
+    pub fn tree(&self) -> watch::Receiver<Option<PathBuf>> {
+        self.tree.clone()
     }
 
     /// How far it is.

@@ -43,6 +43,7 @@ describe! {
     "weightd_fetch_connections" "gauge" "" "Ranged reads under way";
     "weightd_fetch_retries_total" "counter" "source: hf, s3, file; reason: unavailable, cut, stalled, slow" "Ranged reads that were begun again";
     "weightd_digest_mismatches_total" "counter" "source: hf, s3, file" "Files whose bytes were not what the origin claims";
+    "weightd_acquires_total" "counter" "outcome: ok, denied, failed" "Volumes that pods asked for";
     "weightd_store_bytes" "gauge" "tier: local; held: pinned, unpinned, partial" "Bytes in the store";
     "weightd_store_free_bytes" "gauge" "tier: local" "Bytes free on the store's file system";
     "weightd_store_snapshots" "gauge" "tier: local" "Published snapshots";
@@ -70,6 +71,11 @@ struct Retried {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfOutcome {
+    outcome: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct OfTier {
     tier: &'static str,
 }
@@ -93,6 +99,7 @@ pub struct Metrics {
     pub(crate) connections: Gauge,
     retries: Family<Retried, Counter>,
     mismatches: Family<FromSource, Counter>,
+    acquires: Family<OfOutcome, Counter>,
     store_bytes: Family<HeldInTier, Gauge>,
     store_free: Family<OfTier, Gauge>,
     store_snapshots: Family<OfTier, Gauge>,
@@ -118,6 +125,7 @@ impl Default for Metrics {
             connections: Gauge::default(),
             retries: Family::default(),
             mismatches: Family::default(),
+            acquires: Family::default(),
             store_bytes: Family::default(),
             store_free: Family::default(),
             store_snapshots: Family::default(),
@@ -157,6 +165,7 @@ impl Metrics {
             "weightd_fetch_connections" connections;
             "weightd_fetch_retries_total" retries;
             "weightd_digest_mismatches_total" mismatches;
+            "weightd_acquires_total" acquires;
             "weightd_store_bytes" store_bytes;
             "weightd_store_free_bytes" store_free;
             "weightd_store_snapshots" store_snapshots;
@@ -188,8 +197,16 @@ impl Metrics {
                 });
             }
         }
+        for outcome in ["ok", "denied", "failed"] {
+            let _ = self.acquires.get_or_create(&OfOutcome { outcome });
+        }
         self.evicted(0, 0);
         self.verified(0, 0);
+    }
+
+    /// Counts a volume that a pod asked for: `ok`, `denied` or `failed`.
+    pub fn acquired(&self, outcome: &'static str) {
+        self.acquires.get_or_create(&OfOutcome { outcome }).inc();
     }
 
     /// All metrics in the OpenMetrics text format.

@@ -2,10 +2,17 @@
 
 use std::path::Path;
 
+use secrecy::SecretString;
+use tonic::Status;
 use weightd_core::fetch::{Fetched, Phase, Plan, Progress};
+use weightd_core::model::{ModelRef, Patterns};
 use weightd_core::source::LeftOut;
-use weightd_core::store::{Collected, Snapshot, Usage, Verified};
+use weightd_core::store::{Collected, Layout, Snapshot, Usage, Verified, Volume};
 use weightd_proto::weightd::v1 as wire;
+
+use crate::access::{Credentials, Requester};
+use crate::sources::s3::S3Keys;
+use crate::volumes::{Acquired, VolumeRequest};
 
 pub(super) fn snapshot(snapshot: &Snapshot, with_files: bool) -> wire::Snapshot {
     let manifest = &snapshot.manifest;
@@ -141,5 +148,68 @@ pub(super) fn verified(verified: &Verified) -> wire::Verified {
         checked: verified.checked,
         bytes: verified.bytes,
         damaged: damaged.collect(),
+    }
+}
+
+pub(super) fn volume_request(
+    request: wire::AcquireRequest,
+    model: ModelRef,
+    patterns: Patterns,
+) -> Result<VolumeRequest, Status> {
+    let layout = match request.layout() {
+        wire::acquire_request::Layout::Unspecified | wire::acquire_request::Layout::Flat => {
+            Layout::Flat
+        }
+        wire::acquire_request::Layout::HfCache => Layout::HfCache,
+    };
+    Ok(VolumeRequest {
+        holder: super::holder(&request.holder)?,
+        model,
+        patterns,
+        layout,
+        at_once: request.at_once,
+        requester: Requester {
+            namespace: request.namespace,
+            credentials: credentials(request.credentials.unwrap_or_default())?,
+        },
+    })
+}
+
+fn credentials(given: wire::Credentials) -> Result<Credentials, Status> {
+    let secret = |text: String| (!text.is_empty()).then(|| SecretString::from(text));
+    let (id, key) = (given.aws_access_key_id, secret(given.aws_secret_access_key));
+    let s3 = match (id.is_empty(), key) {
+        (true, None) => None,
+        (false, Some(secret_access_key)) => Some(S3Keys {
+            access_key_id: id,
+            secret_access_key,
+            session_token: secret(given.aws_session_token),
+        }),
+        _ => {
+            return Err(Status::invalid_argument(
+                "aws-access-key-id and aws-secret-access-key go together",
+            ));
+        }
+    };
+    Ok(Credentials {
+        hf_token: secret(given.hf_token),
+        s3,
+    })
+}
+
+pub(super) fn acquired(acquired: &Acquired) -> wire::Acquired {
+    wire::Acquired {
+        path: acquired.path.display().to_string(),
+        model: acquired.model.to_string(),
+        snapshot: acquired.snapshot.to_string(),
+        complete: acquired.complete,
+    }
+}
+
+pub(super) fn volume(volume: &Volume) -> wire::Volume {
+    wire::Volume {
+        holder: volume.holder.to_string(),
+        snapshots: volume.snapshots.iter().map(ToString::to_string).collect(),
+        complete: volume.complete,
     }
 }

@@ -8,6 +8,9 @@ use weightd_core::fetch::FetchError;
 use weightd_core::source::SourceError;
 use weightd_core::store::StoreError;
 
+use crate::access::AccessError;
+use crate::volumes::AcquireError;
+
 /// The remedy stands on a line of its own that begins with this.
 pub(super) const HINT: &str = "hint: ";
 
@@ -37,6 +40,19 @@ pub(super) fn of_fetch(error: &FetchError) -> Status {
         FetchError::Mismatch { .. } | FetchError::Broken { .. } => Code::DataLoss,
         FetchError::Stopped { .. } => Code::Unavailable,
         FetchError::Defect { .. } => Code::Internal,
+    };
+    status(code, error, error.hint())
+}
+
+pub(super) fn of_acquire(error: &AcquireError) -> Status {
+    let code = match error {
+        AcquireError::Access(AccessError::Policy(_)) => Code::PermissionDenied,
+        AcquireError::Access(AccessError::Source { source, .. }) => source_code(source),
+        AcquireError::Access(AccessError::Store(source)) => store_code(source),
+        AcquireError::Fetch(error) => return of_fetch(error),
+        AcquireError::Store { source, .. } => store_code(source),
+        AcquireError::Evicted { .. } => Code::ResourceExhausted,
+        AcquireError::Layout { .. } => Code::InvalidArgument,
     };
     status(code, error, error.hint())
 }

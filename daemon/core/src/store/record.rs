@@ -125,6 +125,15 @@ impl Store {
         folder.join(file_name(model.revision_or_default()))
     }
 
+    /// What the model's name stood for when it was last resolved, if that is on record.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Io`].
+    pub fn last_resolved(&self, model: &ModelRef) -> Result<Option<Revision>, StoreError> {
+        Ok(self.read_ref(model)?.map(|found| found.revision))
+    }
+
     pub(super) fn read_ref(&self, model: &ModelRef) -> Result<Option<Reference>, StoreError> {
         read_json(&self.ref_path(model))
     }

@@ -10,8 +10,11 @@ use futures::StreamExt;
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Server};
+use weightd::access::{Access, Policy};
+use weightd::config::Config;
 use weightd::rpc::{ControlService, Engine};
 use weightd::sources::Origins;
+use weightd::volumes::Volumes;
 use weightd_core::fetch::{FetchLimits, Fetcher};
 use weightd_core::store::{Store, StoreLimits};
 use weightd_proto::weightd::v1::control_client::ControlClient;
@@ -144,16 +147,24 @@ impl Backend {
                 .unwrap_or_default();
             anyhow::anyhow!("{}{hint}", weightd_core::errors::Chain(&error))
         })?;
-        let sources = Origins::from_env()?;
+        let sources = Arc::new(Origins::from_env()?);
         let metrics = Arc::default();
         let fetcher = Fetcher::new(
             Arc::clone(&store),
-            Arc::new(sources),
+            Arc::<Origins>::clone(&sources),
             FetchLimits::default(),
             Arc::clone(&metrics),
         );
+        let config = Config::default();
+        let access = Access::new(
+            sources,
+            Arc::clone(&store),
+            Policy::default(),
+            config.access_limits(),
+        );
         let service = ControlService::new(Arc::new(Engine {
             store,
+            volumes: Volumes::new(Arc::clone(&fetcher), access),
             fetcher: Arc::clone(&fetcher),
             metrics,
         }));
