@@ -5,6 +5,7 @@
 
 pub mod endpoint;
 pub mod identity;
+pub mod pod;
 
 use std::time::Duration;
 
