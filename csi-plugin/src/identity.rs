@@ -4,7 +4,7 @@ use tonic::{Request, Response, Status};
 use weightd_proto::csi::v1::identity_server;
 use weightd_proto::csi::v1::{
     GetPluginCapabilitiesRequest, GetPluginCapabilitiesResponse, GetPluginInfoRequest,
-    GetPluginInfoResponse, ProbeRequest, ProbeResponse,
+    GetPluginInfoResponse, PluginCapability, ProbeRequest, ProbeResponse, plugin_capability,
 };
 
 /// The driver's name. It equals the name of the CSIDriver object and is part of every volume's address.
@@ -31,9 +31,16 @@ impl identity_server::Identity for Identity {
         &self,
         _: Request<GetPluginCapabilitiesRequest>,
     ) -> Result<Response<GetPluginCapabilitiesResponse>, Status> {
-        // None: there is no controller, and a model can be mounted on every node. Accessibility constraints are
-        // for a plugin whose NodeGetInfo reports topology.
-        Ok(Response::new(GetPluginCapabilitiesResponse::default()))
+        // There is no controller. NodeGetInfo reports a topology, which this capability announces.
+        let service = plugin_capability::Service {
+            r#type: plugin_capability::service::Type::VolumeAccessibilityConstraints.into(),
+        };
+        let topology = PluginCapability {
+            r#type: Some(plugin_capability::Type::Service(service)),
+        };
+        Ok(Response::new(GetPluginCapabilitiesResponse {
+            capabilities: vec![topology],
+        }))
     }
 
     async fn probe(&self, _: Request<ProbeRequest>) -> Result<Response<ProbeResponse>, Status> {

@@ -1,21 +1,40 @@
 //! The CSI plugin: what kubelet calls on a node.
 //!
-//! [`endpoint`] takes the socket that kubelet knows the plugin by, [`identity`] says who answers on it, and
-//! [`serve`] runs the services until it is told to stop. Models are reached only through the daemon's own socket.
+//! ```text
+//! kubelet ── NodePublishVolume
+//!  └ volume     the request, checked; nothing in it says where anything is
+//!     └ pod      the model that the pod's annotations name, if the volume names none
+//!        └ daemon  Acquire: may this pod have it? fetch what is missing, pin it, say which directory
+//!           └ mount  bind it at the target, read-only
+//! ```
+//!
+//! [`endpoint`] takes the socket that kubelet knows the plugin by, [`identity`] says who answers on it,
+//! [`controller`] that there is none, [`node`] does the work and [`reconcile`] sets right what crashes left.
+//! The plugin keeps nothing on disk: the kernel knows the mounts, the daemon the pins.
 
+pub mod controller;
+pub mod daemon;
 pub mod endpoint;
 pub mod identity;
+pub mod mount;
+pub mod node;
 pub mod pod;
+pub mod reconcile;
+pub mod volume;
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::watch;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
+use weightd_proto::csi::v1::controller_server::ControllerServer;
 use weightd_proto::csi::v1::identity_server::IdentityServer;
+use weightd_proto::csi::v1::node_server::NodeServer;
 
+use crate::controller::NoController;
 use crate::endpoint::Listening;
 use crate::identity::Identity;
+use crate::node::{Node, NodeService};
 
 /// How long calls under way may go on after the plugin was told to stop: 20 s.
 ///
@@ -30,23 +49,27 @@ pub const DRAIN: Duration = Duration::from_secs(20);
 /// What the transport reports when it cannot go on.
 pub async fn serve(
     listening: Listening,
+    node: Arc<Node>,
     stop: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
     let Listening {
         listener,
         socket: _socket,
     } = listening;
-    let (stopping, mut stopped) = watch::channel(false);
+    let stopping = node.stop.clone();
     let server = Server::builder()
         .add_service(IdentityServer::new(Identity))
-        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move {
-            // An error means that the sender is gone: nobody can say "stop" any more, so stop now.
-            let _ = stopped.wait_for(|stop| *stop).await;
-        });
+        .add_service(ControllerServer::new(NoController))
+        .add_service(NodeServer::new(NodeService(node)))
+        .serve_with_incoming_shutdown(
+            UnixListenerStream::new(listener),
+            stopping.clone().cancelled_owned(),
+        );
     let overdue = async move {
         stop.await;
         tracing::info!("stopping");
-        stopping.send_replace(true);
+        // Calls that wait for a fetch end now: kubelet asks the next plugin again.
+        stopping.cancel();
         tokio::time::sleep(DRAIN).await;
     };
 
@@ -56,5 +79,18 @@ pub async fn serve(
             tracing::warn!(drain_s = DRAIN.as_secs(), "calls still under way were dropped");
             Ok(())
         }
+    }
+}
+
+/// Runs what the kernel may make wait, such as an unmount, where no other call has to wait for it.
+pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    #[allow(
+        clippy::disallowed_methods,
+        reason = "the only door to blocking work of this crate"
+    )]
+    let ended = tokio::task::spawn_blocking(work).await;
+    match ended {
+        Ok(outcome) => outcome,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
 }

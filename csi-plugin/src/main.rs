@@ -3,12 +3,19 @@
 use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
+use weightd_csi::daemon::Daemon;
 use weightd_csi::endpoint::Endpoint;
+use weightd_csi::node::Node;
+use weightd_csi::pod::Pods;
+use weightd_csi::reconcile;
+use weightd_csi::volume::KubeletDir;
 
 /// The CSI plugin of weightd: mounts verified model weights, read-only, into pods.
 #[derive(Debug, Parser)]
@@ -30,6 +37,18 @@ struct Arguments {
         default_value = "/run/weightd/weightd.sock"
     )]
     daemon_socket: PathBuf,
+
+    /// Kubelet's directory: volumes are mounted below its `pods`, and nowhere else
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/kubelet")]
+    kubelet_dir: PathBuf,
+
+    /// How long a call may wait for a fetch, in seconds; kubelet gives up after 120
+    #[arg(long, value_name = "SECONDS", default_value = "110", value_parser = clap::value_parser!(u64).range(1..=115))]
+    publish_wait: u64,
+
+    /// How long a mount without a pod, or a pin without a mount, is left alone, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = reconcile::GRACE.as_secs())]
+    grace: u64,
 
     /// How to reach the API server, which is asked for pod annotations; the pod's service account if left out
     #[arg(long, value_name = "FILE")]
@@ -58,10 +77,27 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         .listen()
         .await
         .with_context(|| format!("cannot serve {}", arguments.endpoint))?;
+    let kubelet = KubeletDir::new(&arguments.kubelet_dir).with_context(|| {
+        let dir = arguments.kubelet_dir.display();
+        format!("cannot use kubelet's directory `{dir}` (is it mounted here? see --kubelet-dir)")
+    })?;
+    let pods = Pods::connect(arguments.kubeconfig.as_deref())
+        .await
+        .context("cannot set up the API server's client")?;
+    let mut node = Node::new(
+        Daemon::at(&arguments.daemon_socket),
+        kubelet,
+        pods,
+        arguments.node_id.clone(),
+    );
+    node.publish_wait = Duration::from_secs(arguments.publish_wait);
+    let node = Arc::new(node);
     tracing::info!(
         endpoint = %arguments.endpoint,
         node_id = arguments.node_id,
         daemon_socket = %arguments.daemon_socket.display(),
+        kubelet_dir = %arguments.kubelet_dir.display(),
+        reads_pods = node.pods.is_some(),
         kubeconfig = arguments.kubeconfig.map(|path| path.display().to_string()),
         version = env!("CARGO_PKG_VERSION"),
         "listening"
@@ -72,9 +108,12 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
             _ = interrupt.recv() => {}
         }
     };
-    weightd_csi::serve(listening, stop)
-        .await
-        .with_context(|| format!("cannot go on serving {}", arguments.endpoint))
+    // After the socket: kubelet may ask while what crashes left is set right.
+    let grace = Duration::from_secs(arguments.grace);
+    let reconciler = tokio::spawn(reconcile::run(Arc::clone(&node), grace));
+    let served = weightd_csi::serve(listening, node, stop).await;
+    reconciler.abort();
+    served.with_context(|| format!("cannot go on serving {}", arguments.endpoint))
 }
 
 /// Logs to stderr: for people on a terminal, else one JSON object a line. `RUST_LOG` chooses what.

@@ -1,6 +1,7 @@
 //! The Identity service, called as kubelet and its sidecars call it.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -9,9 +10,14 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::{Duration, Instant};
 use tonic::transport::{Channel, Error};
+use weightd_csi::daemon::Daemon;
 use weightd_csi::endpoint::Endpoint;
+use weightd_csi::node::Node;
+use weightd_csi::volume::KubeletDir;
 use weightd_proto::csi::v1::identity_client::IdentityClient;
-use weightd_proto::csi::v1::{GetPluginCapabilitiesRequest, GetPluginInfoRequest, ProbeRequest};
+use weightd_proto::csi::v1::{
+    GetPluginCapabilitiesRequest, GetPluginInfoRequest, ProbeRequest, plugin_capability,
+};
 
 struct Plugin {
     endpoint: Endpoint,
@@ -29,7 +35,10 @@ impl Plugin {
             .expect("endpoint");
         let listening = endpoint.listen().await.expect("listen");
         let (stop, stopped) = oneshot::channel::<()>();
-        let served = tokio::spawn(weightd_csi::serve(listening, async move {
+        let daemon = Daemon::at(&directory.path().join("no-daemon.sock"));
+        let kubelet = KubeletDir::new(directory.path()).expect("kubelet's directory");
+        let node = Arc::new(Node::new(daemon, kubelet, None, "node-1".to_owned()));
+        let served = tokio::spawn(weightd_csi::serve(listening, node, async move {
             stopped.await.expect("the test still runs");
         }));
         let client = IdentityClient::new(connect(endpoint.path()).await);
@@ -71,7 +80,7 @@ async fn the_plugin_gives_its_name_and_version() {
 }
 
 #[tokio::test]
-async fn no_controller_and_no_topology_is_announced() {
+async fn no_controller_is_announced_but_that_nodes_differ() {
     let mut plugin = Plugin::start().await;
 
     let answer = plugin
@@ -80,7 +89,17 @@ async fn no_controller_and_no_topology_is_announced() {
         .await
         .expect("call");
 
-    assert_eq!(answer.into_inner().capabilities, []);
+    let services: Vec<i32> = answer
+        .into_inner()
+        .capabilities
+        .into_iter()
+        .filter_map(|capability| match capability.r#type? {
+            plugin_capability::Type::Service(service) => Some(service.r#type),
+            plugin_capability::Type::VolumeExpansion(_) => None,
+        })
+        .collect();
+    let topology = plugin_capability::service::Type::VolumeAccessibilityConstraints;
+    assert_eq!(services, [i32::from(topology)]);
 }
 
 #[tokio::test]

@@ -21,6 +21,8 @@ fn start(socket: &Path) -> (Child, String) {
     let mut child = program()
         .arg(format!("--endpoint=unix://{}", socket.display()))
         .args(["--node-id", "node-1"])
+        .arg("--kubelet-dir")
+        .arg(socket.parent().expect("a directory"))
         .spawn()
         .expect("spawn");
     let mut line = String::new();
@@ -36,7 +38,13 @@ fn help_names_every_option() {
 
     let help = String::from_utf8(output.stdout).expect("UTF-8");
     assert!(output.status.success(), "{}", output.status);
-    for option in ["--endpoint", "--node-id", "--daemon-socket", "--kubeconfig"] {
+    for option in [
+        "--endpoint",
+        "--node-id",
+        "--daemon-socket",
+        "--kubelet-dir",
+        "--kubeconfig",
+    ] {
         assert!(help.contains(option), "{option} is missing in:\n{help}");
     }
 }

@@ -1,0 +1,520 @@
+//! What a publish request asks for, checked: nothing that a pod's author writes says *where* anything is.
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::path::{Component, Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+use tonic::Status;
+use weightd_proto::csi::v1::NodePublishVolumeRequest;
+use weightd_proto::csi::v1::volume_capability::AccessType;
+use weightd_proto::csi::v1::volume_capability::access_mode::Mode as AccessMode;
+use weightd_proto::weightd::v1::acquire_request::Layout;
+use weightd_proto::weightd::v1::{AcquireRequest, Credentials, ModelSpec};
+
+use crate::pod::PodName;
+
+/// What kubelet says of the pod. Its keys overwrite whatever a pod's author wrote under these names.
+///
+/// Source: kubelet's `csi_plugin.go`, `mergePodInfo`.
+const KUBELET: &str = "csi.storage.k8s.io/";
+
+/// The attributes that a volume may have.
+const ATTRIBUTES: [&str; 6] = ["source", "revision", "include", "exclude", "layout", "mode"];
+
+/// Where a volume is to appear, and by which name the daemon knows its holder.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Target {
+    /// The directory, without symlinks up to the kubelet directory.
+    pub path: PathBuf,
+    /// `csi/<pod uid>.<volume>`, or for a path of another form `csi/path-<digest>`. It follows from the
+    /// path alone: one persistent volume may be mounted by several pods, and an unmount or a restart
+    /// knows no more than the path.
+    pub holder: String,
+    /// The pod whose directory it is.
+    pub pod_uid: Option<String>,
+    /// The volume's name in the pod.
+    pub volume: Option<String>,
+}
+
+/// The directory below which kubelet wants volumes.
+#[derive(Debug, Clone)]
+pub struct KubeletDir {
+    /// As kubelet writes it.
+    given: PathBuf,
+    /// As the kernel writes it.
+    real: PathBuf,
+}
+
+impl KubeletDir {
+    /// `dir` must be there.
+    ///
+    /// # Errors
+    ///
+    /// What the file system says.
+    pub fn new(dir: &Path) -> std::io::Result<Self> {
+        Ok(Self {
+            given: dir.to_owned(),
+            real: dir.canonicalize()?,
+        })
+    }
+
+    /// Where pods' volumes are.
+    #[must_use]
+    pub fn pods(&self) -> PathBuf {
+        self.real.join("pods")
+    }
+
+    /// Checks a target path.
+    ///
+    /// # Errors
+    ///
+    /// `INVALID_ARGUMENT` unless it lies below the pods' directory.
+    pub fn target(&self, path: &str) -> Result<Target, Status> {
+        if path.is_empty() {
+            return Err(Status::invalid_argument("the request has no target path"));
+        }
+        let path = Path::new(path);
+        let below = path
+            .strip_prefix(&self.given)
+            .or_else(|_| path.strip_prefix(&self.real));
+        let plain = |path: &Path| {
+            let mut parts = path.components();
+            parts.all(|part| matches!(part, Component::Normal(_))) && path.starts_with("pods")
+        };
+        match below {
+            Ok(below) if plain(below) && below.components().count() > 1 => {
+                Ok(Target::new(&self.real, below))
+            }
+            _ => Err(Status::invalid_argument(format!(
+                "the target path `{}` is not below `{}/pods`\nhint: if kubelet's directory is another one, start \
+                 weightd-csi with --kubelet-dir",
+                path.display(),
+                self.given.display()
+            ))),
+        }
+    }
+
+    /// The target that the kernel shows at `path`, if it is one of kubelet's.
+    #[must_use]
+    pub fn mounted(&self, path: &Path) -> Option<Target> {
+        self.target(path.to_str()?).ok()
+    }
+}
+
+impl Target {
+    fn new(dir: &Path, below: &Path) -> Self {
+        let parts: Vec<&str> = below
+            .components()
+            .filter_map(|part| part.as_os_str().to_str())
+            .collect();
+        let (pod_uid, volume) = match parts.as_slice() {
+            ["pods", uid, "volumes", "kubernetes.io~csi", volume, "mount"] => {
+                (Some((*uid).to_owned()), Some((*volume).to_owned()))
+            }
+            _ => (None, None),
+        };
+        let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+        // No uid has a dot, so no two targets have one name.
+        let name = match (&pod_uid, &volume) {
+            (Some(uid), Some(volume)) if !uid.contains('.') => format!("{uid}.{volume}"),
+            _ => String::new(),
+        };
+        let fits = !name.starts_with('.') && (1..=128).contains(&name.len());
+        let holder = match fits && name.chars().all(allowed) {
+            true => format!("csi/{name}"),
+            false => {
+                let digest = Sha256::digest(below.as_os_str().as_encoded_bytes());
+                let hex = digest.iter().take(20).fold(String::new(), |mut hex, byte| {
+                    let _ = write!(hex, "{byte:02x}");
+                    hex
+                });
+                format!("csi/path-{hex}")
+            }
+        };
+        Self {
+            path: dir.join(below),
+            holder,
+            pod_uid,
+            volume,
+        }
+    }
+}
+
+/// A publish request that may be carried out.
+pub struct Volume {
+    /// Where to.
+    pub target: Target,
+    /// Whose it is, as far as kubelet vouches for it.
+    pub pod: Option<PodName>,
+    source: Option<String>,
+    revision: Option<String>,
+    include: Vec<String>,
+    exclude: Vec<String>,
+    layout: Layout,
+    at_once: bool,
+    credentials: Credentials,
+}
+
+impl Volume {
+    /// Checks a request.
+    ///
+    /// # Errors
+    ///
+    /// `INVALID_ARGUMENT` with what is wrong, and what would be right.
+    pub fn parse(request: NodePublishVolumeRequest, kubelet: &KubeletDir) -> Result<Self, Status> {
+        if request.volume_id.is_empty() {
+            return Err(Status::invalid_argument("the request has no volume id"));
+        }
+        let target = kubelet.target(&request.target_path)?;
+        check_capability(&request)?;
+        let mut context = request.volume_context;
+        let pod = pod(&context, &target)?;
+        context.retain(|key, _| !key.starts_with(KUBELET));
+        if let Some(unknown) = context
+            .keys()
+            .find(|key| !ATTRIBUTES.contains(&key.as_str()))
+        {
+            return Err(Status::invalid_argument(format!(
+                "the volume has the attribute `{unknown}`, which there is not\nhint: there are {}",
+                ATTRIBUTES.join(", ")
+            )));
+        }
+        let mut take = |key: &str| {
+            let text = context.remove(key)?;
+            let text = text.trim();
+            (!text.is_empty()).then(|| text.to_owned())
+        };
+        Ok(Self {
+            target,
+            pod,
+            source: take("source"),
+            revision: take("revision"),
+            include: globs(take("include").as_deref()),
+            exclude: globs(take("exclude").as_deref()),
+            layout: match take("layout").as_deref() {
+                None | Some("flat") => Layout::Flat,
+                Some("hf-cache") => Layout::HfCache,
+                Some(other) => return Err(choice("layout", other, "flat or hf-cache")),
+            },
+            at_once: match take("mode").as_deref() {
+                None | Some("wait") => false,
+                Some("async") => true,
+                Some(other) => return Err(choice("mode", other, "wait or async")),
+            },
+            credentials: credentials(request.secrets)?,
+        })
+    }
+
+    /// Whether the pod's annotations must say which model it is.
+    #[must_use]
+    pub fn needs_annotation(&self) -> bool {
+        self.source.is_none()
+    }
+
+    /// What to ask the daemon for. `annotation` is the model that the pod names; attributes win over it.
+    ///
+    /// # Errors
+    ///
+    /// `INVALID_ARGUMENT` if nothing names a model, or two revisions are named.
+    pub fn request(self, annotation: Option<&str>) -> Result<AcquireRequest, Status> {
+        let name = self.target.volume.as_deref().unwrap_or("NAME");
+        let Some(source) = self.source.as_deref().or(annotation) else {
+            return Err(Status::invalid_argument(format!(
+                "neither the volume nor its pod says which model to mount\nhint: set the volume attribute `source`, or \
+                 annotate the pod with weightd.io/volume.{name} or weightd.io/model"
+            )));
+        };
+        let model = match &self.revision {
+            Some(_) if source.contains('@') => {
+                return Err(Status::invalid_argument(format!(
+                    "`{source}` names a revision, and so does the attribute `revision`\nhint: keep one of them"
+                )));
+            }
+            Some(revision) => format!("{source}@{revision}"),
+            None => source.to_owned(),
+        };
+        Ok(AcquireRequest {
+            model: Some(ModelSpec {
+                model,
+                include: self.include,
+                exclude: self.exclude,
+            }),
+            holder: self.target.holder,
+            layout: self.layout.into(),
+            at_once: self.at_once,
+            namespace: self.pod.map(|pod| pod.namespace).unwrap_or_default(),
+            credentials: Some(self.credentials),
+        })
+    }
+}
+
+fn choice(key: &str, given: &str, allowed: &str) -> Status {
+    Status::invalid_argument(format!("the volume's {key} is `{given}`: it is {allowed}"))
+}
+
+fn check_capability(request: &NodePublishVolumeRequest) -> Result<(), Status> {
+    let Some(capability) = &request.volume_capability else {
+        return Err(Status::invalid_argument(
+            "the request has no volume capability",
+        ));
+    };
+    if let Some(AccessType::Block(_)) = capability.access_type {
+        return Err(Status::invalid_argument(
+            "a model is a directory of files, not a block device\nhint: leave volumeMode out, or say Filesystem",
+        ));
+    }
+    let mode = capability.access_mode.unwrap_or_default().mode();
+    let reader = matches!(
+        mode,
+        AccessMode::SingleNodeReaderOnly | AccessMode::MultiNodeReaderOnly
+    );
+    if !request.readonly && !reader {
+        return Err(Status::invalid_argument(
+            "a model can be mounted read-only, not for writing\nhint: say readOnly: true in the pod's csi volume, or \
+             accessModes: [ReadOnlyMany] in the persistent volume",
+        ));
+    }
+    Ok(())
+}
+
+/// The pod that kubelet vouches for. Its uid is also part of the target path, which nobody but kubelet
+/// chooses: if the two differ, somebody else wrote these keys.
+fn pod(context: &HashMap<String, String>, target: &Target) -> Result<Option<PodName>, Status> {
+    let get = |key: &str| context.get(&format!("{KUBELET}{key}")).cloned();
+    let (Some(uid), Some(name), Some(namespace)) =
+        (get("pod.uid"), get("pod.name"), get("pod.namespace"))
+    else {
+        return Ok(None);
+    };
+    if target.pod_uid.as_ref().is_some_and(|owner| *owner != uid) {
+        return Err(Status::invalid_argument(format!(
+            "the volume says that it belongs to pod {uid}, its target path to another\nhint: only kubelet sets \
+             {KUBELET}*: has the CSIDriver object podInfoOnMount: true?"
+        )));
+    }
+    let known = target.pod_uid.is_some();
+    Ok(known.then_some(PodName {
+        namespace,
+        name,
+        uid,
+    }))
+}
+
+/// Globs, separated by commas, white space or line breaks. A comma between braces belongs to its glob.
+fn globs(text: Option<&str>) -> Vec<String> {
+    let mut depth = 0_u32;
+    let parts = text.unwrap_or_default().split(|c: char| {
+        match c {
+            '{' => depth += 1,
+            '}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        c.is_whitespace() || (c == ',' && depth == 0)
+    });
+    parts
+        .filter(|part| !part.is_empty())
+        .map(str::to_owned)
+        .collect()
+}
+
+fn credentials(mut secrets: HashMap<String, String>) -> Result<Credentials, Status> {
+    let mut take = |key: &str| secrets.remove(key).unwrap_or_default();
+    let (hf_token, token) = (take("hf-token"), take("token"));
+    let credentials = Credentials {
+        hf_token: if hf_token.is_empty() { token } else { hf_token },
+        aws_access_key_id: take("aws-access-key-id"),
+        aws_secret_access_key: take("aws-secret-access-key"),
+        aws_session_token: take("aws-session-token"),
+    };
+    // A Secret may hold other things beside ours; only one with none of ours is a mistake.
+    let nothing = [
+        &credentials.hf_token,
+        &credentials.aws_access_key_id,
+        &credentials.aws_secret_access_key,
+    ]
+    .iter()
+    .all(|text| text.is_empty());
+    if nothing && !secrets.is_empty() {
+        return Err(Status::invalid_argument(
+            "the volume's Secret has none of the keys hf-token, token, aws-access-key-id, aws-secret-access-key, \
+             aws-session-token",
+        ));
+    }
+    Ok(credentials)
+}
+
+#[cfg(test)]
+mod tests {
+    use weightd_proto::csi::v1::VolumeCapability;
+    use weightd_proto::csi::v1::volume_capability::{
+        AccessMode as Access, BlockVolume, MountVolume,
+    };
+
+    use super::*;
+
+    const TARGET: &str = "/pods/0c1f-4a/volumes/kubernetes.io~csi/model/mount";
+
+    fn kubelet() -> (tempfile::TempDir, KubeletDir) {
+        let dir = tempfile::tempdir().expect("a directory");
+        let kubelet = KubeletDir::new(dir.path()).expect("kubelet's");
+        (dir, kubelet)
+    }
+
+    fn request(dir: &tempfile::TempDir, context: &[(&str, &str)]) -> NodePublishVolumeRequest {
+        let mode = AccessMode::SingleNodeWriter.into();
+        let pairs = context
+            .iter()
+            .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
+        NodePublishVolumeRequest {
+            volume_id: "csi-1".to_owned(),
+            target_path: format!("{}{TARGET}", dir.path().display()),
+            readonly: true,
+            volume_capability: Some(VolumeCapability {
+                access_mode: Some(Access { mode }),
+                access_type: Some(AccessType::Mount(MountVolume::default())),
+            }),
+            volume_context: pairs.collect(),
+            ..NodePublishVolumeRequest::default()
+        }
+    }
+
+    #[track_caller]
+    fn refused(request: NodePublishVolumeRequest, kubelet: &KubeletDir, words: &str) {
+        let error = Volume::parse(request, kubelet).err().expect("accepted");
+        assert_eq!(error.code(), tonic::Code::InvalidArgument);
+        assert!(error.message().contains(words), "{error}");
+    }
+
+    #[test]
+    fn attributes_say_what_to_mount() {
+        let (dir, kubelet) = kubelet();
+        let request = request(
+            &dir,
+            &[
+                ("source", "hf://org/model"),
+                ("revision", "v1"),
+                ("include", "*.{json,txt}, *.safetensors\n*.model"),
+                ("layout", "hf-cache"),
+                ("mode", "async"),
+                ("csi.storage.k8s.io/pod.uid", "0c1f-4a"),
+                ("csi.storage.k8s.io/pod.name", "pod"),
+                ("csi.storage.k8s.io/pod.namespace", "team-a"),
+                ("csi.storage.k8s.io/ephemeral", "true"),
+            ],
+        );
+
+        let asked = Volume::parse(request, &kubelet)
+            .unwrap()
+            .request(Some("hf://other/one"));
+
+        let asked = asked.unwrap();
+        let model = asked.model.as_ref().expect("a model");
+        assert_eq!(model.model, "hf://org/model@v1");
+        assert_eq!(model.include, ["*.{json,txt}", "*.safetensors", "*.model"]);
+        assert_eq!(asked.holder, "csi/0c1f-4a.model");
+        assert_eq!(asked.namespace, "team-a");
+        assert!(asked.at_once && asked.layout() == Layout::HfCache);
+    }
+
+    #[test]
+    fn what_is_not_a_read_only_directory_of_a_model_is_refused() {
+        let (dir, kubelet) = kubelet();
+        let good = || request(&dir, &[("source", "hf://org/model")]);
+        assert!(Volume::parse(good(), &kubelet).is_ok());
+
+        let written = NodePublishVolumeRequest {
+            readonly: false,
+            ..good()
+        };
+        refused(written, &kubelet, "read-only");
+        let mut block = good();
+        if let Some(capability) = &mut block.volume_capability {
+            capability.access_type = Some(AccessType::Block(BlockVolume {}));
+        }
+        refused(block, &kubelet, "block");
+        for key in ["root", "path", "endpoint", "cacheRoot", "uid", "Source"] {
+            refused(request(&dir, &[(key, "/etc")]), &kubelet, key);
+        }
+        refused(request(&dir, &[("layout", "zip")]), &kubelet, "hf-cache");
+        refused(request(&dir, &[("mode", "stream")]), &kubelet, "async");
+    }
+
+    #[test]
+    fn a_target_outside_of_the_pods_directory_is_refused() {
+        let (dir, kubelet) = kubelet();
+        let base = dir.path().display();
+        for path in [
+            String::new(),
+            "/etc".to_owned(),
+            format!("{base}"),
+            format!("{base}/pods"),
+            format!("{base}/plugins/x"),
+            format!("{base}/pods/../../etc"),
+            format!("{base}/pods/x/./../../y"),
+            "pods/x".to_owned(),
+        ] {
+            let error = kubelet.target(&path).expect_err(&path);
+            assert_eq!(error.code(), tonic::Code::InvalidArgument, "{path}");
+        }
+    }
+
+    #[test]
+    fn two_targets_never_share_a_holder() {
+        let (_dir, kubelet) = kubelet();
+        let base = kubelet.real.display().to_string();
+        let long = "x".repeat(200);
+        let names = [
+            format!("{base}{TARGET}"),
+            format!("{base}/pods/0c1f-4a/volumes/kubernetes.io~csi/model/target"),
+            format!("{base}/pods/0c1f-4a/volumes/kubernetes.io~csi/{long}/mount"),
+            format!("{base}/pods/a.b/volumes/kubernetes.io~csi/c/mount"),
+            format!("{base}/pods/a/volumes/kubernetes.io~csi/b.c/mount"),
+        ];
+        let holders: std::collections::BTreeSet<String> = names
+            .iter()
+            .map(|name| kubelet.target(name).unwrap().holder)
+            .collect();
+        assert_eq!(holders.len(), names.len(), "{holders:?}");
+        assert!(
+            holders.iter().all(|holder| holder.len() <= 132),
+            "{holders:?}"
+        );
+    }
+
+    #[test]
+    fn a_pod_that_kubelet_did_not_name_is_nobody() {
+        let (dir, kubelet) = kubelet();
+        let forged = [
+            ("csi.storage.k8s.io/pod.uid", "another"),
+            ("csi.storage.k8s.io/pod.name", "pod"),
+            ("csi.storage.k8s.io/pod.namespace", "kube-system"),
+        ];
+        refused(request(&dir, &forged), &kubelet, "podInfoOnMount");
+        let volume = Volume::parse(request(&dir, &forged[1..]), &kubelet).unwrap();
+        assert!(volume.pod.is_none());
+    }
+
+    #[test]
+    fn a_secret_without_any_of_our_keys_is_named_without_its_content() {
+        let (dir, kubelet) = kubelet();
+        let with = |pairs: &[(&str, &str)]| {
+            let mut request = request(&dir, &[("source", "hf://org/model")]);
+            let pairs = pairs
+                .iter()
+                .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
+            request.secrets = pairs.collect();
+            request
+        };
+        refused(with(&[("password", "hunter2")]), &kubelet, "hf-token");
+        let error = Volume::parse(with(&[("password", "hunter2")]), &kubelet)
+            .err()
+            .unwrap();
+        assert!(!error.message().contains("hunter2"));
+        for key in ["hf-token", "token"] {
+            let volume = Volume::parse(with(&[(key, "hf_x"), ("note", "mine")]), &kubelet);
+            let asked = volume.unwrap().request(None).unwrap();
+            assert_eq!(asked.credentials.unwrap().hf_token, "hf_x");
+        }
+    }
+}
