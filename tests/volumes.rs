@@ -1,0 +1,10 @@
+//! Volumes as pods see them: the real daemon and the real plugin, real bind mounts, called as kubelet calls.
+
+#[path = "volumes/access.rs"]
+mod access;
+#[path = "volumes/mounts.rs"]
+mod mounts;
+#[path = "volumes/node.rs"]
+mod node;
+#[path = "volumes/recovery.rs"]
+mod recovery;

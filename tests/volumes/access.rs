@@ -1,0 +1,219 @@
+//! Whose volume may hold what. The bytes are on the node; the right to read them is not.
+
+use std::time::Duration;
+
+use tonic::Code;
+use weightd_core::digest::Digest;
+use weightd_standin::s3::{PutOptions, S3Config, S3Server};
+use weightd_standin::{Fault, Gated, HubConfig, Origin, Repo};
+
+use crate::node::{Ask, Node, contents, files, tree};
+
+const PRIVATE: &str = "hf://org/private";
+const GATED: &str = "hf://org/gated";
+const TOKEN: &str = "hf_tenantAmayread";
+
+async fn node() -> Node {
+    let mut node = Node::new(HubConfig::default().token(TOKEN).token("hf_another"));
+    node.hub.add_repo(
+        Repo::new("org/private")
+            .private()
+            .grant(TOKEN)
+            .commit("main", files(7)),
+    );
+    let gated = Repo::new("org/gated").gated(Gated::Manual).grant(TOKEN);
+    node.hub.add_repo(gated.commit("main", files(8)));
+    node.start().await;
+    node
+}
+
+#[tokio::test]
+async fn what_one_tenants_token_fetched_is_not_anothers() {
+    let node = node().await;
+    for (number, model) in [PRIVATE, GATED].iter().enumerate() {
+        let tenant_a = Ask::model(&format!("a-{number}"), model).secret("hf-token", TOKEN);
+        node.mounts(&tenant_a).await;
+        assert_eq!(tree(&node.tree(&tenant_a.pod)), contents(7 + number as u64));
+
+        for (pod, token) in [
+            ("none", None),
+            ("other", Some("hf_another")),
+            ("bad", Some("hf_x")),
+        ] {
+            let mut ask = Ask::model(&format!("{pod}-{number}"), model);
+            if let Some(token) = token {
+                ask = ask.secret("hf-token", token);
+            }
+            let status = node
+                .publish(&ask)
+                .await
+                .expect_err("mounted without a right");
+            let code = status.code();
+            assert!(
+                matches!(code, Code::PermissionDenied | Code::NotFound),
+                "{pod}: {status}"
+            );
+            assert!(!status.message().contains("hf_"), "{status}");
+            // The layout and the way of mounting open no door either.
+            for (key, value) in [("layout", "hf-cache"), ("mode", "async")] {
+                ask.attributes.insert(key.to_owned(), value.to_owned());
+                node.publish(&ask)
+                    .await
+                    .expect_err("mounted without a right");
+            }
+        }
+    }
+    assert_eq!(node.mounted().len(), 2, "{:?}", node.mounted());
+    assert!(!node.logs().contains("hf_"), "a token is in the log");
+    for entry in [node.root(), node.path("kubelet")] {
+        let found = std::process::Command::new("grep")
+            .args(["-r", TOKEN])
+            .arg(entry)
+            .output();
+        assert!(
+            found.expect("grep runs").stdout.is_empty(),
+            "a token is on disk"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_gated_model_without_a_right_is_denied_with_the_remedy() {
+    let node = node().await;
+    let status = node
+        .publish(&Ask::model("pod-1", GATED))
+        .await
+        .expect_err("mounted");
+    assert_eq!(status.code(), Code::PermissionDenied, "{status}");
+    for words in ["gated", "nodePublishSecretRef", "hf-token"] {
+        assert!(
+            status.message().contains(words),
+            "`{words}` is missing: {status}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_public_model_is_everybodys_whatever_token_comes_along() {
+    let node = node().await;
+    let ask = Ask::model("pod-1", "hf://org/model").secret("token", "hf_expired");
+    node.mounts(&ask).await;
+    assert_eq!(tree(&node.tree("pod-1")), contents(1));
+}
+
+#[tokio::test]
+async fn a_right_that_is_withdrawn_ends_when_it_is_no_longer_remembered() {
+    let mut node = Node::new(HubConfig::default().token(TOKEN));
+    let repo = Repo::new("org/private").private().grant(TOKEN);
+    node.hub.add_repo(repo.commit("main", files(7)));
+    node.config = "[access]\nremember = '1s'\n".to_owned();
+    node.start().await;
+    node.mounts(&Ask::model("pod-1", PRIVATE).secret("hf-token", TOKEN))
+        .await;
+    node.hub.remove_repo("org/private");
+    tokio::time::sleep(Duration::from_millis(1100)).await;
+
+    let ask = Ask::model("pod-2", PRIVATE).secret("hf-token", TOKEN);
+    let status = node
+        .publish(&ask)
+        .await
+        .expect_err("mounted without a right");
+
+    assert_eq!(status.code(), Code::NotFound, "{status}");
+    assert_eq!(
+        tree(&node.tree("pod-1")),
+        contents(7),
+        "a running pod lost its files"
+    );
+}
+
+#[tokio::test]
+async fn while_the_hub_is_away_what_it_said_before_holds_and_nothing_else() {
+    let mut node = Node::new(HubConfig::default().token(TOKEN));
+    let repo = Repo::new("org/private").private().grant(TOKEN);
+    node.hub.add_repo(repo.commit("main", files(7)));
+    node.config = "[access]\nremember = '1ms'\n".to_owned();
+    node.start().await;
+    node.mounts(&Ask::model("pod-1", PRIVATE).secret("hf-token", TOKEN))
+        .await;
+    node.mounts(&Ask::model("pod-2", "hf://org/model")).await;
+    node.hub.fault(Fault::status(503).on(Origin::Hub).forever());
+
+    node.mounts(&Ask::model("pod-3", PRIVATE).secret("hf-token", TOKEN))
+        .await;
+    node.mounts(&Ask::model("pod-4", "hf://org/model")).await;
+    let denied = node.publish(&Ask::model("pod-5", PRIVATE)).await;
+
+    let denied = denied.expect_err("mounted without a right");
+    assert_eq!(denied.code(), Code::Unavailable, "{denied}");
+    assert_eq!(tree(&node.tree("pod-3")), contents(7));
+}
+
+#[tokio::test]
+async fn the_policy_says_which_namespace_may_use_which_model() {
+    let mut node = Node::new(HubConfig::default());
+    node.config = "[[access.allow]]\nsource = 'hf://org/*'\nnamespace = 'team-*'\n\
+        [[access.deny]]\nsource = '*'\nnamespace = 'team-b'\n"
+        .to_owned();
+    node.start().await;
+    let ask = |pod, namespace| Ask::model(pod, "hf://org/model").namespace(namespace);
+    node.mounts(&ask("pod-1", "team-a")).await;
+
+    for (pod, namespace) in [("pod-2", "team-b"), ("pod-3", "default")] {
+        let status = node
+            .publish(&ask(pod, namespace))
+            .await
+            .expect_err("mounted");
+        assert_eq!(status.code(), Code::PermissionDenied, "{status}");
+        assert!(status.message().contains(namespace), "{status}");
+    }
+    // What only kubelet may write cannot be written by a pod's author for another pod.
+    let mut forged = node.request(&ask("pod-4", "default"));
+    let context = &mut forged.volume_context;
+    context.insert("csi.storage.k8s.io/pod.uid".to_owned(), "pod-1".to_owned());
+    context.insert(
+        "csi.storage.k8s.io/pod.namespace".to_owned(),
+        "team-a".to_owned(),
+    );
+    let status = node
+        .client()
+        .await
+        .node_publish_volume(forged)
+        .await
+        .expect_err("mounted");
+    assert_eq!(status.code(), Code::InvalidArgument, "{status}");
+}
+
+#[tokio::test]
+async fn naming_a_digest_gives_nobody_the_bytes() {
+    let s3 = S3Server::spawn_thread(S3Config::default()).expect("an S3 server");
+    s3.create_bucket("tenant-b");
+    let mut node = Node::new(HubConfig::default().token(TOKEN));
+    let repo = Repo::new("org/private").private().grant(TOKEN);
+    node.hub.add_repo(repo.commit("main", files(7)));
+    let environment = [
+        ("AWS_ENDPOINT_URL_S3", s3.endpoint()),
+        ("AWS_ACCESS_KEY_ID", s3.access_key().to_owned()),
+        ("AWS_SECRET_ACCESS_KEY", s3.secret_key().to_owned()),
+        ("AWS_REGION", "us-east-1".to_owned()),
+    ];
+    node.environment = environment
+        .map(|(key, value)| (key.to_owned(), value))
+        .to_vec();
+    node.start().await;
+    node.mounts(&Ask::model("pod-1", PRIVATE).secret("hf-token", TOKEN))
+        .await;
+    let secret = contents(7)
+        .into_iter()
+        .find(|(path, _)| path.ends_with(".safetensors"));
+    let (_, secret) = secret.expect("a shard");
+    let claim = PutOptions::default().meta("sha256", &Digest::of(&secret).to_string());
+    let fake = vec![0_u8; secret.len()];
+    s3.put("tenant-b", "m/model.safetensors", fake, claim);
+
+    let status = node.publish(&Ask::model("pod-2", "s3://tenant-b/m")).await;
+
+    let status = status.expect_err("a digest was taken for a right");
+    assert_eq!(status.code(), Code::DataLoss, "{status}");
+    assert!(node.mounted().iter().all(|line| !line.contains("pod-2")));
+}
