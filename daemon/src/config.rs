@@ -213,11 +213,11 @@ impl Config {
             "socket",
             "it is an absolute path",
         )?;
-        // Source: sun_path of unix(7), less the ending of its temporary name.
+        // Source: sun_path of unix(7) holds 107 bytes; the rest is for the endings of names beside it.
         ensure(
-            self.socket.as_os_str().len() <= 100,
+            self.socket.as_os_str().len() <= 95,
             "socket",
-            "it has at most 100 bytes",
+            "it has at most 95 bytes",
         )?;
         let marks = (1..=99).contains(&store.high_watermark_percent);
         ensure(
@@ -466,6 +466,10 @@ mod tests {
             ("rooot = '/x'", &["unknown field `rooot`", "line 1"][..]),
             ("[store]\nhigh = 3", &["unknown field `high`"]),
             ("root = 'x'", &["`root`", "absolute"]),
+            (
+                &format!("socket = '/{}'", "x".repeat(95)),
+                &["`socket`", "95 bytes"],
+            ),
             (
                 "[store]\nhigh_watermark_percent = 60",
                 &["store.low_watermark_percent"],

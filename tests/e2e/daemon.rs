@@ -3,6 +3,8 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -124,6 +126,75 @@ fn one_socket_has_one_daemon_and_a_dead_ones_is_replaced() {
     first.kill();
     assert!(daemon.socket().exists());
     let _third = daemon.start();
+}
+
+#[test]
+fn a_daemon_that_ends_leaves_its_successor_the_socket() {
+    let daemon = Daemon::new();
+    let file = daemon.sandbox.path("weightd.toml");
+    std::fs::write(&file, "[shutdown]\ndeadline = '2s'\n").expect("written");
+    let mut first = Running::start(daemon.command().arg("--config").arg(&file));
+    wait_until("the daemon answers", || {
+        daemon.ask(&["status"]).code == Some(0)
+    });
+    // A client that says nothing keeps it until its deadline.
+    let _silent = UnixStream::connect(daemon.socket()).expect("it listens");
+    terminate(&mut first);
+    wait_until("it listens no more", || {
+        UnixStream::connect(daemon.socket()).is_err()
+    });
+
+    let _second = daemon.start();
+
+    assert!(first.ended(), "two daemons at once");
+    assert!(daemon.socket().exists());
+    assert_eq!(daemon.ask(&["status"]).code, Some(0));
+}
+
+#[test]
+fn users_that_the_settings_name_may_use_the_socket() {
+    let daemon = Daemon::new();
+    let file = daemon.sandbox.path("weightd.toml");
+    let own = nix::unistd::geteuid();
+    std::fs::write(&file, "socket_uids = [65533]\n").expect("written");
+    let _running = Running::start(daemon.command().arg("--config").arg(&file));
+    wait_until("the daemon answers", || {
+        daemon.ask(&["status"]).code == Some(0)
+    });
+    if !own.is_root() {
+        return;
+    }
+    let open = std::fs::Permissions::from_mode(0o755);
+    std::fs::set_permissions(daemon.sandbox.path(""), open).expect("it is ours");
+    // A copy: the other user need not be able to reach this one's build.
+    let program = daemon.sandbox.path("weightctl");
+    std::fs::copy(env!("CARGO_BIN_EXE_weightctl"), &program).expect("a copy");
+    let ask = |uid: u32| {
+        let mut client = daemon
+            .sandbox
+            .bare(program.to_str().expect("a path in UTF-8"));
+        client.arg("--socket").arg(daemon.socket()).arg("status");
+        run(client.uid(uid))
+    };
+
+    assert_eq!(ask(65533).code, Some(0), "{:?}", ask(65533));
+    ask(65532).failed(3, &["cannot reach the daemon"]);
+}
+
+#[test]
+fn a_store_that_cannot_be_swept_is_served_all_the_same() {
+    let daemon = Daemon::new();
+    let wrong = daemon.sandbox.root().join("known/aa/unreadable");
+    drop(daemon.start());
+    std::fs::create_dir_all(wrong).expect("made");
+
+    let mut running = daemon.start();
+    daemon.ask(&["prefetch", "hf://org/model"]).json();
+    terminate(&mut running);
+
+    let ran = running.finish();
+    assert_eq!(ran.code, Some(0));
+    assert!(ran.stderr.contains("store not swept"), "{ran:?}");
 }
 
 #[test]

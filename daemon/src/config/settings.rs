@@ -20,8 +20,8 @@ macro_rules! settings {
 
 settings! {
     "root" = "\"/var/lib/weightd\"": "Directory of the store, on local NVMe";
-    "socket" = "\"/run/weightd/weightd.sock\"": "Unix socket of the control API, mode 0600";
-    "socket_uids" = "[]": "Users, beside root and the daemon's own, whose processes may use the socket";
+    "socket" = "\"/run/weightd/weightd.sock\"": "Unix socket of the control API, at most 95 bytes; mode 0600, or 0666 with socket_uids";
+    "socket_uids" = "[]": "Users, beside root and the daemon's own, whose processes may use the socket; all others are refused as they connect";
     "store.high_watermark_percent" = "80": "Evict when the file system would be fuller than this";
     "store.low_watermark_percent" = "70": "Evict until the file system is no fuller than this";
     "store.max_bytes" = "": "The most that the store may hold, such as \"1.5TiB\"; unset: as much as the watermarks allow";
