@@ -198,6 +198,18 @@ fn a_store_that_cannot_be_swept_is_served_all_the_same() {
 }
 
 #[test]
+fn a_daemon_whose_log_nobody_reads_goes_on() {
+    let daemon = Daemon::new();
+    let mut running = daemon.start();
+    running.close_stderr();
+
+    daemon.ask(&["prefetch", "hf://org/model"]).json();
+    terminate(&mut running);
+
+    assert_eq!(running.finish().code, Some(0));
+}
+
+#[test]
 fn a_client_that_leaves_cancels_nothing() {
     let daemon = Daemon::new();
     let _running = daemon.start();

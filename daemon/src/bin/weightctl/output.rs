@@ -1,9 +1,4 @@
 //! The only place that prints: results on stdout, all else on stderr.
-#![allow(
-    clippy::print_stdout,
-    clippy::print_stderr,
-    reason = "this is the place"
-)]
 
 use std::io::{self, Write};
 
@@ -50,12 +45,13 @@ pub(crate) fn plain(bytes: &[u8]) -> anyhow::Result<()> {
 
 /// Tells the user something that is no result.
 pub(crate) fn note(text: &str) {
-    eprintln!("{text}");
+    // Who closed stderr does not want to know.
+    let _ = writeln!(io::stderr(), "{text}");
 }
 
 /// Tells why it failed. The remedy stands on a line of its own.
 pub(crate) fn error(text: &str) {
-    eprintln!("error: {text}");
+    let _ = writeln!(io::stderr(), "error: {text}");
 }
 
 /// Bytes for people: `16.1 GiB`.
