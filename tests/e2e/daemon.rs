@@ -372,6 +372,17 @@ fn a_wrong_configuration_is_refused_before_anything_is_opened() {
         std::fs::write(&file, text).expect("written");
         run(daemon.command().arg("--config").arg(&file)).failed(2, &[words]);
     }
+    std::fs::write(
+        &file,
+        "[hf]\nendpoint = 'http://localhost'\ntoken_file = '/dev/null'\n",
+    )
+    .expect("written");
+    let mut overridden = daemon.command();
+    overridden
+        .env("HF_ENDPOINT", "nonsense")
+        .env("HF_TOKEN", "a b");
+    overridden.arg("--config").arg(&file).arg("--check-config");
+    assert_eq!(run(&mut overridden).code, Some(0));
     run(daemon.command().arg("--shared-root").arg("/x")).failed(2, &["no shared tier"]);
     assert!(!daemon.sandbox.root().exists() && !daemon.socket().exists());
 }

@@ -39,7 +39,7 @@ settings! {
     "s3.anonymous" = "false": "Never sign requests: only public buckets can be read";
     "s3.unsigned_buckets" = "[]": "Public buckets that are read without credentials";
     "file.allow" = "[]": "Directories that file:// models may lie below";
-    "scrub.interval" = "\"168h\"": "Hash the whole store again this often; \"0s\" never";
+    "scrub.interval" = "\"168h\"": "Hash the whole store again this often, at least a minute; \"0s\" never";
     "scrub.bytes_per_second" = "\"50MiB\"": "How fast the scrub reads";
     "metrics.listen" = "": "Address for /metrics, /healthz and /readyz, such as \"0.0.0.0:9808\"; unset: none";
     "log.format" = "\"auto\"": "text, json, or auto: text on a terminal, else JSON";
