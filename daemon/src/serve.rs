@@ -231,11 +231,7 @@ impl Daemon {
         let address = listener.local_addr().map_err(failed)?;
         tracing::info!(%address, "serving metrics");
         let app = http::routes(Arc::clone(&self.engine), Arc::clone(&self.ready));
-        Ok(Owned(tokio::spawn(async move {
-            if let Err(error) = axum::serve(listener, app).await {
-                tracing::error!(%error, "metrics broke off");
-            }
-        })))
+        Ok(Owned(tokio::spawn(http::serve(listener, app))))
     }
 
     /// Starts what the daemon does by itself, after a look at what dead processes left. The control API is

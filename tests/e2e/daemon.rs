@@ -210,6 +210,36 @@ fn a_daemon_whose_log_nobody_reads_goes_on() {
 }
 
 #[test]
+fn a_daemon_without_descriptors_says_so_and_recovers() {
+    let daemon = Daemon::new();
+    let plain = daemon.command();
+    let mut limited = daemon.sandbox.bare("/bin/sh");
+    limited.env("HF_ENDPOINT", daemon.hub.endpoint());
+    limited.args(["-c", "ulimit -n 64 && exec \"$0\" \"$@\""]);
+    limited.arg(plain.get_program()).args(plain.get_args());
+    let mut running = Running::start(&mut limited);
+    wait_until("the daemon answers", || {
+        daemon.ask(&["status"]).code == Some(0)
+    });
+
+    let connect = |_| UnixStream::connect(daemon.socket()).expect("it listens");
+    let clients: Vec<UnixStream> = (0..100).map(connect).collect();
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    drop(clients);
+
+    wait_until("the daemon answers", || {
+        daemon.ask(&["status"]).code == Some(0)
+    });
+    terminate(&mut running);
+    let told = running
+        .finish()
+        .stderr
+        .matches("connection not accepted")
+        .count();
+    assert!((1..100).contains(&told), "told {told} times");
+}
+
+#[test]
 fn a_client_that_leaves_cancels_nothing() {
     let daemon = Daemon::new();
     let _running = daemon.start();

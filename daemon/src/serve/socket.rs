@@ -13,10 +13,9 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use futures::{Stream, StreamExt};
+use futures::Stream;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::time::Instant;
-use tokio_stream::wrappers::UnixListenerStream;
 
 use super::ServeError;
 
@@ -128,25 +127,41 @@ pub(super) fn incoming(
     listener: UnixListener,
     uids: Vec<u32>,
 ) -> impl Stream<Item = io::Result<UnixStream>> {
-    let own = nix::unistd::geteuid().as_raw();
-    UnixListenerStream::new(listener).filter(move |stream| {
-        let allowed = match stream.as_ref().map(UnixStream::peer_cred) {
-            Ok(Ok(peer)) => {
-                let allowed = peer.uid() == 0 || peer.uid() == own || uids.contains(&peer.uid());
-                if !allowed {
-                    tracing::warn!(uid = peer.uid(), "a peer was refused");
+    futures::stream::unfold((listener, uids), async |(listener, uids)| {
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) if allowed(&stream, &uids) => {
+                    return Some((Ok(stream), (listener, uids)));
                 }
-                allowed
+                Ok(_) => {}
+                Err(error) => after_error(&error).await,
             }
-            Ok(Err(error)) => {
-                tracing::warn!(%error, "a peer without credentials was refused");
-                false
-            }
-            // An error of the listener ends the service, and is told there.
-            Err(_) => true,
-        };
-        std::future::ready(allowed)
+        }
     })
+}
+
+/// Tells why nobody was accepted, most likely for want of file descriptors, and waits a little: the error
+/// stays as long as its cause, and the service would ask again at once.
+pub(super) async fn after_error(error: &io::Error) {
+    tracing::error!(%error, "connection not accepted");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+}
+
+fn allowed(stream: &UnixStream, uids: &[u32]) -> bool {
+    match stream.peer_cred() {
+        Ok(peer) => {
+            let own = nix::unistd::geteuid().as_raw();
+            let allowed = peer.uid() == 0 || peer.uid() == own || uids.contains(&peer.uid());
+            if !allowed {
+                tracing::warn!(uid = peer.uid(), "a peer was refused");
+            }
+            allowed
+        }
+        Err(error) => {
+            tracing::warn!(%error, "a peer without credentials was refused");
+            false
+        }
+    }
 }
 
 fn taken(path: &Path) -> ServeError {
