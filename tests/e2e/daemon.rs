@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
@@ -237,6 +237,35 @@ fn a_daemon_without_descriptors_says_so_and_recovers() {
         .matches("connection not accepted")
         .count();
     assert!((1..100).contains(&told), "told {told} times");
+}
+
+#[test]
+fn a_daemon_that_does_not_answer_is_out_of_reach() {
+    let daemon = Daemon::new();
+    let _silent = UnixListener::bind(daemon.socket()).expect("bound");
+
+    let asked = daemon.ask(&["status"]);
+
+    asked.failed(3, &["cannot reach the daemon", "does not answer"]);
+}
+
+#[test]
+fn a_result_that_nobody_reads_does_not_change_how_a_command_ends() {
+    let daemon = Daemon::new();
+    for (models, code) in [
+        (&["hf://org/model"][..], 0),
+        (&["hf://org/model", "hf://org/typo"], 1),
+    ] {
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let mut command = daemon.sandbox.weightctl();
+        command.env("HF_ENDPOINT", daemon.hub.endpoint());
+        command.arg("prefetch").args(models);
+
+        let status = command.stdout(writer).status().expect("it starts");
+
+        assert_eq!(status.code(), Some(code), "{models:?}");
+    }
 }
 
 #[test]
