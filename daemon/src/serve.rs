@@ -245,21 +245,23 @@ impl Daemon {
                 () = daemon.clear_and_resume() => {}
             }
             for request in requests {
-                let (fetcher, stop) = (Arc::clone(&daemon.engine.fetcher), daemon.stop.clone());
-                daemon.tasks.spawn(async move {
-                    tokio::select! {
-                        () = stop.cancelled() => {}
-                        () = keep_trying(&fetcher, request) => {}
-                    }
-                });
-            }
-            if !interval.is_zero() {
-                let engine = Arc::clone(&daemon.engine);
-                daemon
-                    .tasks
-                    .spawn(scrub::run(engine, interval, rate, daemon.stop.clone()));
+                daemon.bring(request);
             }
             daemon.ready.store(true, Ordering::Relaxed);
+            if !interval.is_zero() {
+                scrub::run(daemon, interval, rate).await;
+            }
+        });
+    }
+
+    /// Fetches in a task of its own, until it is here or the daemon stops.
+    fn bring(&self, request: FetchRequest) {
+        let (fetcher, stop) = (Arc::clone(&self.engine.fetcher), self.stop.clone());
+        self.tasks.spawn(async move {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = keep_trying(&fetcher, request) => {}
+            }
         });
     }
 

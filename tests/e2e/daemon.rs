@@ -1,12 +1,14 @@
 //! The daemon as an operator sees it: its socket, its signals, its restarts.
 
+use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::{Duration, SystemTime};
 
 use weightd_standin::{Fault, FaultKind, Files, Hub, HubConfig, Origin, Pattern, Repo, generate};
 
@@ -224,7 +226,7 @@ fn a_daemon_without_descriptors_says_so_and_recovers() {
 
     let connect = |_| UnixStream::connect(daemon.socket()).expect("it listens");
     let clients: Vec<UnixStream> = (0..100).map(connect).collect();
-    std::thread::sleep(std::time::Duration::from_millis(500));
+    std::thread::sleep(Duration::from_millis(500));
     drop(clients);
 
     wait_until("the daemon answers", || {
@@ -356,6 +358,46 @@ fn sigterm_stops_a_fetch_at_once_and_the_next_start_ends_it() {
     wait_until("the model is here", || {
         daemon.ask(&["path", "hf://org/model"]).code == Some(0)
     });
+}
+
+#[test]
+fn an_overdue_scrub_runs_at_start_and_mends_what_went_bad() {
+    let daemon = Daemon::new();
+    let mark = daemon.sandbox.root().join("scrubbed");
+    let mut running = daemon.start();
+    let fetched = daemon.ask(&["prefetch", "hf://org/model"]).json();
+    wait_until("the store has an age", || mark.exists());
+    running.kill();
+    let old = SystemTime::now() - Duration::from_secs(8 * 24 * 3600);
+    let opened = File::options().write(true).open(&mark).expect("the mark");
+    opened.set_modified(old).expect("it is ours");
+    let tree = PathBuf::from(fetched["path"].as_str().expect("a path"));
+    let shard = tree.join("model-00001-of-00002.safetensors");
+    let open = std::fs::Permissions::from_mode(0o644);
+    std::fs::set_permissions(&shard, open).expect("it is ours");
+    let file = File::options().write(true).open(&shard).expect("a shard");
+    file.write_at(b"bad", 200_000).expect("written");
+    // The origin is away at first: the damage must be mended when it is back.
+    daemon.hub.fault(Fault::status(503).forever());
+    let asked = daemon.hub.requests().len();
+
+    let config = daemon.sandbox.path("weightd.toml");
+    std::fs::write(&config, "[fetch]\nattempts = 1\n").expect("written");
+    let _running = Running::start(daemon.command().arg("--config").arg(&config));
+    wait_until("the origin is asked", || {
+        daemon.hub.requests().len() > asked
+    });
+    wait_until("that fetch has failed", || {
+        let status = daemon.ask(&["status"]);
+        status.code == Some(0) && status.json()["fetches"] == serde_json::json!([])
+    });
+    assert_eq!(daemon.ask(&["path", "hf://org/model"]).code, Some(1));
+    daemon.hub.clear_faults();
+
+    wait_until("the model is mended", || {
+        daemon.ask(&["path", "hf://org/model"]).code == Some(0)
+    });
+    assert_sound(&daemon.sandbox.root());
 }
 
 fn get(address: SocketAddr, path: &str) -> Option<String> {
