@@ -8,7 +8,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::net::UnixListener;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -22,6 +21,7 @@ use weightd_core::store::{Partial, Store, StoreError};
 use weightd_proto::weightd::v1::control_server::ControlServer;
 
 use crate::config::{Config, ConfigError};
+use crate::process::Signals;
 use crate::rpc::{ControlService, Engine};
 use crate::sources::{Origins, OriginsError};
 
@@ -87,7 +87,11 @@ impl ServeError {
 /// [`ServeError`] if it cannot start, or breaks off.
 pub async fn run(config: Config) -> Result<(), ServeError> {
     // First: a signal that comes while the store is opened must end the start cleanly.
-    let mut signals = Signals::new()?;
+    let mut signals = Signals::catch().map_err(|source| ServeError::Listen {
+        op: "listen for",
+        on: "signals".into(),
+        source,
+    })?;
     let started = tokio::select! {
         started = start(&config) => started?,
         () = signals.next() => {
@@ -170,35 +174,6 @@ async fn start(config: &Config) -> Result<Started, ServeError> {
         socket,
         metrics_server,
     })
-}
-
-/// SIGTERM and SIGINT: they mean the same here.
-struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-}
-
-impl Signals {
-    fn new() -> Result<Self, ServeError> {
-        let listen = |kind| {
-            signal(kind).map_err(|source| ServeError::Listen {
-                op: "listen for",
-                on: "signals".into(),
-                source,
-            })
-        };
-        Ok(Self {
-            terminate: listen(SignalKind::terminate())?,
-            interrupt: listen(SignalKind::interrupt())?,
-        })
-    }
-
-    async fn next(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
-        }
-    }
 }
 
 #[derive(Clone)]
