@@ -154,6 +154,24 @@ fn a_daemon_that_ends_leaves_its_successor_the_socket() {
 }
 
 #[test]
+fn a_signal_ends_a_start_cleanly() {
+    let daemon = Daemon::new();
+    let lock = File::create(daemon.sandbox.path("weightd.sock.lock")).expect("made");
+    lock.lock().expect("nobody else has it");
+    let mut running = Running::start(&mut daemon.command());
+    // It opens the store first, and then waits for the lock.
+    wait_until("it has begun", || {
+        daemon.sandbox.root().join("FORMAT").exists()
+    });
+
+    terminate(&mut running);
+
+    let ran = running.finish();
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    assert!(!daemon.socket().exists());
+}
+
+#[test]
 fn users_that_the_settings_name_may_use_the_socket() {
     let daemon = Daemon::new();
     let file = daemon.sandbox.path("weightd.toml");
