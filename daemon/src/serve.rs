@@ -120,7 +120,10 @@ pub async fn run(config: Config) -> Result<(), ServeError> {
     let outcome = daemon
         .until_stopped(control, signals, config.shutdown.deadline.0)
         .await;
-    drop(metrics_server);
+    // The successor waits for the socket, and then needs the address too: it must be free by then.
+    if let Some(server) = metrics_server {
+        server.end().await;
+    }
     drop(socket);
     tracing::info!("weightd stopped");
     outcome
@@ -186,6 +189,13 @@ struct Daemon {
 
 /// Ends its task when it is dropped.
 struct Owned(tokio::task::JoinHandle<()>);
+
+impl Owned {
+    async fn end(mut self) {
+        self.0.abort();
+        let _ = (&mut self.0).await;
+    }
+}
 
 impl Drop for Owned {
     fn drop(&mut self) {
