@@ -3,6 +3,8 @@
 mod e2e {
     mod crash;
     mod daemon;
+    #[cfg(feature = "demo")]
+    mod demo;
     mod disk;
     mod harness;
     mod hub;

@@ -121,6 +121,8 @@ fn log() {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        // It would tell of a closed stderr on stderr, and panic.
+        .log_internal_errors(false)
         .with_writer(io::stderr);
     if io::stderr().is_terminal() {
         subscriber.init();

@@ -97,3 +97,18 @@ fn a_killed_plugin_leaves_its_place_to_the_next_and_a_live_one_does_not() {
     live.kill().expect("kill");
     live.wait().expect("wait");
 }
+
+#[test]
+fn a_log_that_nobody_reads_does_not_change_how_it_ends() {
+    let (reader, writer) = std::io::pipe().expect("pipe");
+    drop(reader);
+
+    let status = program()
+        .arg("--endpoint=unix:///nowhere/csi.sock")
+        .args(["--node-id", "node-1"])
+        .stderr(writer)
+        .status()
+        .expect("run");
+
+    assert_eq!(status.code(), Some(1), "{status}");
+}

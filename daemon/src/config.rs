@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 use weightd_core::fetch::{FetchLimits, FetchRequest};
 use weightd_core::model::{ModelRef, Patterns};
@@ -164,14 +165,18 @@ pub enum ConfigError {
         #[source]
         source: std::io::Error,
     },
-    /// It is not TOML, or has a key that does not exist, or a value of the wrong type.
-    #[error("the configuration `{}` is wrong", path.display())]
+    /// It is not TOML, or has a key that does not exist, or a value of the wrong type. The line itself is
+    /// not shown: someone may have written a secret there.
+    #[error("the configuration `{}` is wrong at line {line}, column {column}: {message}", path.display())]
     Parse {
         /// The file.
         path: PathBuf,
-        /// Where, and in which way.
-        #[source]
-        source: Box<toml::de::Error>,
+        /// Where it is wrong; the first line is 1.
+        line: usize,
+        /// The column there; the first is 1.
+        column: usize,
+        /// In which way.
+        message: String,
     },
     /// A value makes no sense.
     #[error("the setting `{key}` is wrong: {reason}")]
@@ -206,10 +211,16 @@ impl Config {
             path: path.to_owned(),
             source,
         })?;
-        let parsed = toml::from_str::<Self>(&text);
-        parsed.map_err(|source| ConfigError::Parse {
-            path: path.to_owned(),
-            source: Box::new(source),
+        toml::from_str::<Self>(&text).map_err(|error| {
+            let start = error.span().map_or(0, |span| span.start);
+            let before = text.get(..start).unwrap_or_default();
+            let last = before.rsplit('\n').next().unwrap_or_default();
+            ConfigError::Parse {
+                path: path.to_owned(),
+                line: before.matches('\n').count() + 1,
+                column: last.chars().count() + 1,
+                message: error.message().to_owned(),
+            }
         })
     }
 
@@ -235,11 +246,11 @@ impl Config {
             "socket",
             "it is an absolute path",
         )?;
-        // Source: sun_path of unix(7), less the ending of its temporary name.
+        // Source: sun_path of unix(7) holds 107 bytes; the rest is for the endings of names beside it.
         ensure(
-            self.socket.as_os_str().len() <= 100,
+            self.socket.as_os_str().len() <= 95,
             "socket",
-            "it has at most 100 bytes",
+            "it has at most 95 bytes",
         )?;
         let marks = (1..=99).contains(&store.high_watermark_percent);
         ensure(
@@ -253,6 +264,8 @@ impl Config {
             "store.low_watermark_percent",
             "it is between 1 and the high watermark",
         )?;
+        let some = store.max_bytes.is_none_or(|bytes| bytes.0 > 0);
+        ensure(some, "store.max_bytes", "it is more than 0")?;
         Ok(())
     }
 
@@ -287,10 +300,22 @@ impl Config {
     }
 
     fn check_rest(&self) -> Result<(), ConfigError> {
+        let interval = self.scrub.interval.0;
+        ensure(
+            interval.is_zero() || interval >= Duration::from_secs(60),
+            "scrub.interval",
+            "it is 0s or at least 1 min",
+        )?;
         ensure(
             self.scrub.bytes_per_second.0 > 0,
             "scrub.bytes_per_second",
             "it is more than 0",
+        )?;
+        let region = self.s3.region.as_deref();
+        ensure(
+            region.is_none_or(|region| !region.trim().is_empty()),
+            "s3.region",
+            "it is not empty; leave it away to let the environment choose",
         )?;
         let absolute = self.file.allow.iter().all(|path| path.is_absolute());
         ensure(absolute, "file.allow", "all are absolute paths")?;
@@ -328,32 +353,35 @@ impl Config {
         }
     }
 
-    /// How the Hub is reached: the environment, and what the file says instead.
+    /// How the Hub is reached: what the file says, and the environment for the rest.
     ///
     /// # Errors
     ///
-    /// [`ConfigError::Hf`] or [`ConfigError::Read`].
+    /// [`ConfigError::Hf`] or [`ConfigError::Value`].
     pub fn hf_config(&self) -> Result<HfConfig, ConfigError> {
-        let environment = HfConfig::from_env()?;
-        let endpoint = match &self.hf.endpoint {
-            Some(endpoint) => url::Url::parse(endpoint).map_err(|error| ConfigError::Value {
+        let endpoint = self.hf.endpoint.as_deref().map(|endpoint| {
+            url::Url::parse(endpoint).map_err(|error| ConfigError::Value {
                 key: "hf.endpoint".to_owned(),
                 reason: format!("it is a web address ({error})"),
-            })?,
-            None => environment.endpoint().clone(),
-        };
-        let token = match &self.hf.token_file {
-            Some(path) => {
-                let text = std::fs::read_to_string(path);
-                let text = text.map_err(|source| HfConfigError::TokenFile {
-                    path: path.clone(),
+            })
+        });
+        let token = self.hf.token_file.as_deref().map(|path| {
+            let text = std::fs::read_to_string(path);
+            text.map(SecretString::from)
+                .map_err(|source| HfConfigError::TokenFile {
+                    path: path.to_owned(),
                     source,
-                })?;
-                Some(text.into())
+                })
+        });
+        Ok(match (endpoint.transpose()?, token.transpose()?) {
+            // The environment is not even looked at: it may be wrong.
+            (Some(endpoint), Some(token)) => HfConfig::new(endpoint, Some(token))?,
+            (Some(endpoint), None) => {
+                HfConfig::new(endpoint, HfConfig::from_env()?.token().cloned())?
             }
-            None => environment.token().cloned(),
-        };
-        Ok(HfConfig::new(endpoint, token)?)
+            (None, Some(token)) => HfConfig::from_env()?.with_token(Some(token))?,
+            (None, None) => HfConfig::from_env()?,
+        })
     }
 
     /// How S3 is reached, and as whom.
@@ -365,11 +393,13 @@ impl Config {
         let endpoint = self.s3.endpoint.as_deref().map(|endpoint| {
             let url = url::Url::parse(endpoint).ok();
             let good = |url: &url::Url| {
-                matches!(url.scheme(), "http" | "https") && url.username().is_empty()
+                let plain = url.username().is_empty() && url.password().is_none();
+                let bare = url.query().is_none() && url.fragment().is_none();
+                matches!(url.scheme(), "http" | "https") && url.has_host() && plain && bare
             };
             url.filter(good).ok_or_else(|| ConfigError::Value {
                 key: "s3.endpoint".to_owned(),
-                reason: "it begins with https:// or http:// and a host".to_owned(),
+                reason: "it begins with https:// or http:// and a host, and holds no user name, password, query or fragment".to_owned(),
             })
         });
         Ok(S3Config {
@@ -514,6 +544,10 @@ mod tests {
             ("[store]\nhigh = 3", &["unknown field `high`"]),
             ("root = 'x'", &["`root`", "absolute"]),
             (
+                &format!("socket = '/{}'", "x".repeat(95)),
+                &["`socket`", "95 bytes"],
+            ),
+            (
                 "[store]\nhigh_watermark_percent = 60",
                 &["store.low_watermark_percent"],
             ),
@@ -527,9 +561,15 @@ mod tests {
             ("[fetch]\nstall_timeout = 'soon'", &["soon"]),
             ("[hf]\nendpoint = 'ftp://x'", &["endpoint"]),
             ("[hf]\ntoken_file = '/nowhere/token'", &["/nowhere/token"]),
+            ("[store]\nmax_bytes = 0", &["store.max_bytes"]),
+            ("[scrub]\ninterval = '59s'", &["scrub.interval", "1 min"]),
             ("[s3]\nendpoint = 'x'", &["s3.endpoint"]),
+            ("[s3]\nendpoint = 'http://:pw@host'", &["s3.endpoint"]),
+            ("[s3]\nendpoint = 'http://host/?a=b'", &["s3.endpoint"]),
+            ("[s3]\nendpoint = 'http://host/#a'", &["s3.endpoint"]),
+            ("[s3]\nregion = ''", &["s3.region"]),
             ("[log]\nformat = 'xml'", &["xml"]),
-            ("[metrics]\nlisten = '9100'", &["listen"]),
+            ("[metrics]\nlisten = '9100'", &["line 2", "socket address"]),
             ("[[prefetch]]\nmodel = 'org/model'", &["hf://org/model"]),
             (
                 "[[prefetch]]\nmodel = 'hf://org/model'\npin = 'a/b'",
@@ -544,6 +584,24 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn a_secret_in_a_wrong_place_is_not_shown() {
+        for text in [
+            "[hf]\ntoken = 'hf_secret'",
+            "[hf]\ntoken_file = hf_secret",
+            "[hf]\ntoken_file = 'hf_secret",
+            "[s3]\nendpoint = 'http://me:hf_secret@host'",
+        ] {
+            let error = parse(text).expect_err(text);
+            assert!(!error.contains("secret"), "{error}");
+        }
+        let error = parse("[hf]\n  token = 'hf_secret'").unwrap_err();
+        assert!(
+            error.contains("line 2, column 3: unknown field `token`"),
+            "{error}"
+        );
     }
 
     #[test]

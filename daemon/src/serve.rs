@@ -7,12 +7,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::net::UnixListener;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::transport::Server;
 use weightd_core::blocking;
+use weightd_core::errors::Chain;
 use weightd_core::fetch::{FetchError, FetchRequest, Fetcher};
 use weightd_core::metrics::Metrics;
 use weightd_core::source::SourceError;
@@ -21,6 +22,7 @@ use weightd_proto::weightd::v1::control_server::ControlServer;
 
 use crate::access::Access;
 use crate::config::{Config, ConfigError};
+use crate::process::Signals;
 use crate::rpc::{ControlService, Engine};
 use crate::sources::{Origins, OriginsError};
 use crate::volumes::Volumes;
@@ -86,6 +88,59 @@ impl ServeError {
 ///
 /// [`ServeError`] if it cannot start, or breaks off.
 pub async fn run(config: Config) -> Result<(), ServeError> {
+    // First: a signal that comes while the store is opened must end the start cleanly.
+    let mut signals = Signals::catch().map_err(|source| ServeError::Listen {
+        op: "listen for",
+        on: "signals".into(),
+        source,
+    })?;
+    let started = tokio::select! {
+        started = start(&config) => started?,
+        () = signals.next() => {
+            tracing::info!("stopped before it had started");
+            return Ok(());
+        }
+    };
+    let Started {
+        daemon,
+        requests,
+        listener,
+        socket,
+        metrics_server,
+    } = started;
+    tracing::info!(root = %daemon.engine.store.root().display(), socket = %config.socket.display(), "weightd started");
+    let control = Server::builder()
+        .add_service(ControlServer::new(ControlService::new(Arc::clone(
+            &daemon.engine,
+        ))))
+        .serve_with_incoming_shutdown(
+            socket::incoming(listener, config.socket_uids.clone()),
+            daemon.stop.clone().cancelled_owned(),
+        );
+    let control = tokio::spawn(control);
+    daemon.start_work(&config, requests);
+    let outcome = daemon
+        .until_stopped(control, signals, config.shutdown.deadline.0)
+        .await;
+    // The successor waits for the socket, and then needs the address too: it must be free by then.
+    if let Some(server) = metrics_server {
+        server.end().await;
+    }
+    drop(socket);
+    tracing::info!("weightd stopped");
+    outcome
+}
+
+/// What runs until the daemon is stopped.
+struct Started {
+    daemon: Daemon,
+    requests: Vec<FetchRequest>,
+    listener: UnixListener,
+    socket: socket::Socket,
+    metrics_server: Option<Owned>,
+}
+
+async fn start(config: &Config) -> Result<Started, ServeError> {
     let (root, limits) = (config.root.clone(), config.store_limits());
     let requests = config.requests()?;
     let sources = Origins::new(
@@ -119,32 +174,21 @@ pub async fn run(config: Config) -> Result<(), ServeError> {
         stop: CancellationToken::new(),
         tasks: TaskTracker::new(),
     };
-    let listener = socket::listen(&config.socket)?;
+    let (listener, socket) = socket::listen(&config.socket, &config.socket_uids).await?;
     let metrics_server = match config.metrics.listen {
         Some(address) => Some(daemon.serve_metrics(address).await?),
         None => None,
     };
-    tracing::info!(root = %daemon.engine.store.root().display(), socket = %config.socket.display(), "weightd started");
-    daemon.start_work(&config, requests).await?;
-    let control = Server::builder()
-        .add_service(ControlServer::new(ControlService::new(Arc::clone(
-            &daemon.engine,
-        ))))
-        .serve_with_incoming_shutdown(
-            socket::incoming(listener, config.socket_uids.clone()),
-            daemon.stop.clone().cancelled_owned(),
-        );
-    daemon.ready.store(true, Ordering::Relaxed);
-    let control = tokio::spawn(control);
-    let outcome = daemon
-        .until_stopped(control, config.shutdown.deadline.0)
-        .await;
-    drop(metrics_server);
-    socket::remove(&config.socket);
-    tracing::info!("weightd stopped");
-    outcome
+    Ok(Started {
+        daemon,
+        requests,
+        listener,
+        socket,
+        metrics_server,
+    })
 }
 
+#[derive(Clone)]
 struct Daemon {
     engine: Arc<Engine>,
     ready: Arc<AtomicBool>,
@@ -154,6 +198,13 @@ struct Daemon {
 
 /// Ends its task when it is dropped.
 struct Owned(tokio::task::JoinHandle<()>);
+
+impl Owned {
+    async fn end(mut self) {
+        self.0.abort();
+        let _ = (&mut self.0).await;
+    }
+}
 
 impl Drop for Owned {
     fn drop(&mut self) {
@@ -174,63 +225,67 @@ impl Daemon {
         let address = listener.local_addr().map_err(failed)?;
         tracing::info!(%address, "serving metrics");
         let app = http::routes(Arc::clone(&self.engine), Arc::clone(&self.ready));
-        Ok(Owned(tokio::spawn(async move {
-            if let Err(error) = axum::serve(listener, app).await {
-                tracing::error!(%error, "metrics broke off");
-            }
-        })))
+        Ok(Owned(tokio::spawn(http::serve(listener, app))))
     }
 
-    /// Clears what dead processes left, goes on with what they began, and starts what is configured.
-    async fn start_work(
-        &self,
-        config: &Config,
-        requests: Vec<FetchRequest>,
-    ) -> Result<(), ServeError> {
+    /// Starts what the daemon does by itself, after a look at what dead processes left. The control API is
+    /// served meanwhile.
+    fn start_work(&self, config: &Config, requests: Vec<FetchRequest>) {
+        let (daemon, stop) = (self.clone(), self.stop.clone());
+        let (interval, rate) = (config.scrub.interval.0, config.scrub.bytes_per_second.0);
+        self.tasks.spawn(async move {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = daemon.clear_and_resume() => {}
+            }
+            for request in requests {
+                daemon.bring(request);
+            }
+            daemon.ready.store(true, Ordering::Relaxed);
+            if !interval.is_zero() {
+                scrub::run(daemon, interval, rate).await;
+            }
+        });
+    }
+
+    /// Fetches in a task of its own, until it is here or the daemon stops.
+    fn bring(&self, request: FetchRequest) {
+        let (fetcher, stop) = (Arc::clone(&self.engine.fetcher), self.stop.clone());
+        self.tasks.spawn(async move {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = keep_trying(&fetcher, request) => {}
+            }
+        });
+    }
+
+    /// Clears what dead processes left, and goes on with what they began. One unreadable file is no reason
+    /// to bring no models at all, so what fails is only told.
+    async fn clear_and_resume(&self) {
         let store = Arc::clone(&self.engine.store);
-        let collected = blocking::run(move || store.collect(Partial::Stale)).await?;
-        tracing::debug!(?collected, "store swept");
+        match blocking::run(move || store.collect(Partial::Stale)).await {
+            Ok(collected) => tracing::debug!(?collected, "store swept"),
+            Err(error) => tracing::error!(error = %Chain(&error), "store not swept"),
+        }
         let fetcher = Arc::clone(&self.engine.fetcher);
-        fetcher.resume()?;
-        self.engine.volumes.resume().await?;
-        for request in requests {
-            let (fetcher, stop) = (Arc::clone(&self.engine.fetcher), self.stop.clone());
-            self.tasks.spawn(async move {
-                tokio::select! {
-                    () = stop.cancelled() => {}
-                    () = keep_trying(&fetcher, request) => {}
-                }
-            });
+        if let Err(error) = fetcher.resume() {
+            tracing::error!(error = %Chain(&error), "earlier fetches not resumed");
         }
-        if !config.scrub.interval.0.is_zero() {
-            let (engine, stop) = (Arc::clone(&self.engine), self.stop.clone());
-            let (interval, rate) = (config.scrub.interval.0, config.scrub.bytes_per_second.0);
-            self.tasks.spawn(scrub::run(engine, interval, rate, stop));
+        if let Err(error) = self.engine.volumes.resume().await {
+            tracing::error!(error = %Chain(&error), "earlier volumes not resumed");
         }
-        Ok(())
     }
 
     /// Waits for a signal, then lets requests and fetches end.
     async fn until_stopped(
         &self,
         mut control: tokio::task::JoinHandle<Result<(), tonic::transport::Error>>,
+        mut signals: Signals,
         deadline: Duration,
     ) -> Result<(), ServeError> {
-        let listen = |kind| {
-            signal(kind).map_err(|source| ServeError::Listen {
-                op: "listen for",
-                on: "signals".into(),
-                source,
-            })
-        };
-        let (mut terminate, mut interrupt) = (
-            listen(SignalKind::terminate())?,
-            listen(SignalKind::interrupt())?,
-        );
         tokio::select! {
             ended = &mut control => return Ok(ended.expect("the control API does not panic")?),
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
+            () = signals.next() => {}
         }
         tracing::info!(deadline_s = deadline.as_secs(), "stopping");
         self.ready.store(false, Ordering::Relaxed);
@@ -248,8 +303,7 @@ impl Daemon {
         };
         tokio::select! {
             () = drain => Ok(()),
-            _ = terminate.recv() => std::process::exit(130),
-            _ = interrupt.recv() => std::process::exit(130),
+            () = signals.next() => std::process::exit(130),
         }
     }
 }

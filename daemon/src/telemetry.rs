@@ -24,6 +24,8 @@ pub fn start(format: LogFormat, level: &str) {
     let filter = filter.add_directive("hf_hub=off".parse().expect("a directive"));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        // It would tell of a closed stderr on stderr, and panic.
+        .log_internal_errors(false)
         .with_writer(std::io::stderr);
     let text = match format {
         LogFormat::Auto => std::io::stderr().is_terminal(),

@@ -1,10 +1,14 @@
 //! The daemon as an operator sees it: its socket, its signals, its restarts.
 
+use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::{Duration, SystemTime};
 
 use weightd_standin::{Fault, FaultKind, Files, Hub, HubConfig, Origin, Pattern, Repo, generate};
 
@@ -127,6 +131,172 @@ fn one_socket_has_one_daemon_and_a_dead_ones_is_replaced() {
 }
 
 #[test]
+fn a_daemon_that_ends_leaves_its_successor_the_socket() {
+    let daemon = Daemon::new();
+    let file = daemon.sandbox.path("weightd.toml");
+    let free = TcpListener::bind("127.0.0.1:0")
+        .and_then(|listener| listener.local_addr())
+        .expect("a port");
+    let settings = format!("[shutdown]\ndeadline = '2s'\n[metrics]\nlisten = '{free}'\n");
+    std::fs::write(&file, settings).expect("written");
+    let start = || Running::start(daemon.command().arg("--config").arg(&file));
+    let mut first = start();
+    wait_until("the daemon answers", || {
+        daemon.ask(&["status"]).code == Some(0)
+    });
+    // A client that says nothing keeps it until its deadline.
+    let _silent = UnixStream::connect(daemon.socket()).expect("it listens");
+    terminate(&mut first);
+    wait_until("it listens no more", || {
+        UnixStream::connect(daemon.socket()).is_err()
+    });
+
+    let _second = start();
+
+    wait_until("the second one answers", || {
+        daemon.ask(&["status"]).code == Some(0)
+    });
+    wait_until("the first one has ended", || first.ended());
+    assert!(daemon.socket().exists());
+    assert!(get(free, "/healthz").is_some_and(|answer| answer.contains("200")));
+}
+
+#[test]
+fn a_signal_ends_a_start_cleanly() {
+    let daemon = Daemon::new();
+    let lock = File::create(daemon.sandbox.path("weightd.sock.lock")).expect("made");
+    lock.lock().expect("nobody else has it");
+    let mut running = Running::start(&mut daemon.command());
+    // It opens the store first, and then waits for the lock.
+    wait_until("it has begun", || {
+        daemon.sandbox.root().join("FORMAT").exists()
+    });
+
+    terminate(&mut running);
+
+    let ran = running.finish();
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    assert!(!daemon.socket().exists());
+}
+
+#[test]
+fn users_that_the_settings_name_may_use_the_socket() {
+    let daemon = Daemon::new();
+    let file = daemon.sandbox.path("weightd.toml");
+    let own = nix::unistd::geteuid();
+    std::fs::write(&file, "socket_uids = [65533]\n").expect("written");
+    let _running = Running::start(daemon.command().arg("--config").arg(&file));
+    wait_until("the daemon answers", || {
+        daemon.ask(&["status"]).code == Some(0)
+    });
+    if !own.is_root() {
+        return;
+    }
+    let open = std::fs::Permissions::from_mode(0o755);
+    std::fs::set_permissions(daemon.sandbox.path(""), open).expect("it is ours");
+    // A copy: the other user need not be able to reach this one's build.
+    let program = daemon.sandbox.path("weightctl");
+    std::fs::copy(env!("CARGO_BIN_EXE_weightctl"), &program).expect("a copy");
+    let ask = |uid: u32| {
+        let mut client = daemon
+            .sandbox
+            .bare(program.to_str().expect("a path in UTF-8"));
+        client.arg("--socket").arg(daemon.socket()).arg("status");
+        run(client.uid(uid))
+    };
+
+    assert_eq!(ask(65533).code, Some(0), "{:?}", ask(65533));
+    ask(65532).failed(3, &["cannot reach the daemon"]);
+}
+
+#[test]
+fn a_store_that_cannot_be_swept_is_served_all_the_same() {
+    let daemon = Daemon::new();
+    let wrong = daemon.sandbox.root().join("known/aa/unreadable");
+    drop(daemon.start());
+    std::fs::create_dir_all(wrong).expect("made");
+
+    let mut running = daemon.start();
+    daemon.ask(&["prefetch", "hf://org/model"]).json();
+    terminate(&mut running);
+
+    let ran = running.finish();
+    assert_eq!(ran.code, Some(0));
+    assert!(ran.stderr.contains("store not swept"), "{ran:?}");
+}
+
+#[test]
+fn a_daemon_whose_log_nobody_reads_goes_on() {
+    let daemon = Daemon::new();
+    let mut running = daemon.start();
+    running.close_stderr();
+
+    daemon.ask(&["prefetch", "hf://org/model"]).json();
+    terminate(&mut running);
+
+    assert_eq!(running.finish().code, Some(0));
+}
+
+#[test]
+fn a_daemon_without_descriptors_says_so_and_recovers() {
+    let daemon = Daemon::new();
+    let plain = daemon.command();
+    let mut limited = daemon.sandbox.bare("/bin/sh");
+    limited.env("HF_ENDPOINT", daemon.hub.endpoint());
+    limited.args(["-c", "ulimit -n 64 && exec \"$0\" \"$@\""]);
+    limited.arg(plain.get_program()).args(plain.get_args());
+    let mut running = Running::start(&mut limited);
+    wait_until("the daemon answers", || {
+        daemon.ask(&["status"]).code == Some(0)
+    });
+
+    let connect = |_| UnixStream::connect(daemon.socket()).expect("it listens");
+    let clients: Vec<UnixStream> = (0..100).map(connect).collect();
+    std::thread::sleep(Duration::from_millis(500));
+    drop(clients);
+
+    wait_until("the daemon answers", || {
+        daemon.ask(&["status"]).code == Some(0)
+    });
+    terminate(&mut running);
+    let told = running
+        .finish()
+        .stderr
+        .matches("connection not accepted")
+        .count();
+    assert!((1..100).contains(&told), "told {told} times");
+}
+
+#[test]
+fn a_daemon_that_does_not_answer_is_out_of_reach() {
+    let daemon = Daemon::new();
+    let _silent = UnixListener::bind(daemon.socket()).expect("bound");
+
+    let asked = daemon.ask(&["status"]);
+
+    asked.failed(3, &["cannot reach the daemon", "does not answer"]);
+}
+
+#[test]
+fn a_result_that_nobody_reads_does_not_change_how_a_command_ends() {
+    let daemon = Daemon::new();
+    for (models, code) in [
+        (&["hf://org/model"][..], 0),
+        (&["hf://org/model", "hf://org/typo"], 1),
+    ] {
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let mut command = daemon.sandbox.weightctl();
+        command.env("HF_ENDPOINT", daemon.hub.endpoint());
+        command.arg("prefetch").args(models);
+
+        let status = command.stdout(writer).status().expect("it starts");
+
+        assert_eq!(status.code(), Some(code), "{models:?}");
+    }
+}
+
+#[test]
 fn a_client_that_leaves_cancels_nothing() {
     let daemon = Daemon::new();
     let _running = daemon.start();
@@ -216,6 +386,46 @@ fn sigterm_stops_a_fetch_at_once_and_the_next_start_ends_it() {
     });
 }
 
+#[test]
+fn an_overdue_scrub_runs_at_start_and_mends_what_went_bad() {
+    let daemon = Daemon::new();
+    let mark = daemon.sandbox.root().join("scrubbed");
+    let mut running = daemon.start();
+    let fetched = daemon.ask(&["prefetch", "hf://org/model"]).json();
+    wait_until("the store has an age", || mark.exists());
+    running.kill();
+    let old = SystemTime::now() - Duration::from_secs(8 * 24 * 3600);
+    let opened = File::options().write(true).open(&mark).expect("the mark");
+    opened.set_modified(old).expect("it is ours");
+    let tree = PathBuf::from(fetched["path"].as_str().expect("a path"));
+    let shard = tree.join("model-00001-of-00002.safetensors");
+    let open = std::fs::Permissions::from_mode(0o644);
+    std::fs::set_permissions(&shard, open).expect("it is ours");
+    let file = File::options().write(true).open(&shard).expect("a shard");
+    file.write_at(b"bad", 200_000).expect("written");
+    // The origin is away at first: the damage must be mended when it is back.
+    daemon.hub.fault(Fault::status(503).forever());
+    let asked = daemon.hub.requests().len();
+
+    let config = daemon.sandbox.path("weightd.toml");
+    std::fs::write(&config, "[fetch]\nattempts = 1\n").expect("written");
+    let _running = Running::start(daemon.command().arg("--config").arg(&config));
+    wait_until("the origin is asked", || {
+        daemon.hub.requests().len() > asked
+    });
+    wait_until("that fetch has failed", || {
+        let status = daemon.ask(&["status"]);
+        status.code == Some(0) && status.json()["fetches"] == serde_json::json!([])
+    });
+    assert_eq!(daemon.ask(&["path", "hf://org/model"]).code, Some(1));
+    daemon.hub.clear_faults();
+
+    wait_until("the model is mended", || {
+        daemon.ask(&["path", "hf://org/model"]).code == Some(0)
+    });
+    assert_sound(&daemon.sandbox.root());
+}
+
 fn get(address: SocketAddr, path: &str) -> Option<String> {
     let mut stream = TcpStream::connect(address).ok()?;
     write!(
@@ -289,6 +499,17 @@ fn a_wrong_configuration_is_refused_before_anything_is_opened() {
         std::fs::write(&file, text).expect("written");
         run(daemon.command().arg("--config").arg(&file)).failed(2, &[words]);
     }
+    std::fs::write(
+        &file,
+        "[hf]\nendpoint = 'http://localhost'\ntoken_file = '/dev/null'\n",
+    )
+    .expect("written");
+    let mut overridden = daemon.command();
+    overridden
+        .env("HF_ENDPOINT", "nonsense")
+        .env("HF_TOKEN", "a b");
+    overridden.arg("--config").arg(&file).arg("--check-config");
+    assert_eq!(run(&mut overridden).code, Some(0));
     run(daemon.command().arg("--shared-root").arg("/x")).failed(2, &["no shared tier"]);
     assert!(!daemon.sandbox.root().exists() && !daemon.socket().exists());
 }

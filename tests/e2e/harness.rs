@@ -119,6 +119,11 @@ impl Running {
         self.child().id()
     }
 
+    /// Nobody reads its stderr any more.
+    pub(crate) fn close_stderr(&mut self) {
+        drop(self.child().stderr.take());
+    }
+
     /// SIGKILL, and wait.
     pub(crate) fn kill(&mut self) {
         self.child().kill().expect("it can be killed");

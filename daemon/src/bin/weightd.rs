@@ -1,5 +1,6 @@
 //! `weightd`: the node daemon.
 
+use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -101,10 +102,7 @@ fn settings(args: &Args) -> Result<Config, String> {
     Ok(config)
 }
 
-#[allow(
-    clippy::print_stderr,
-    reason = "before the log is up, and for the last word"
-)]
+/// Before the log is up, and for the last word. Who closed stderr does not want to know.
 fn say(text: &str) {
-    eprintln!("{text}");
+    let _ = writeln!(io::stderr(), "{text}");
 }

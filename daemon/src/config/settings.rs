@@ -20,8 +20,8 @@ macro_rules! settings {
 
 settings! {
     "root" = "\"/var/lib/weightd\"": "Directory of the store, on local NVMe";
-    "socket" = "\"/run/weightd/weightd.sock\"": "Unix socket of the control API, mode 0600";
-    "socket_uids" = "[]": "Users, beside root and the daemon's own, whose processes may use the socket";
+    "socket" = "\"/run/weightd/weightd.sock\"": "Unix socket of the control API, at most 95 bytes; mode 0600, or 0666 with socket_uids";
+    "socket_uids" = "[]": "Users, beside root and the daemon's own, whose processes may use the socket; all others are refused as they connect";
     "store.high_watermark_percent" = "80": "Evict when the file system would be fuller than this";
     "store.low_watermark_percent" = "70": "Evict until the file system is no fuller than this";
     "store.max_bytes" = "": "The most that the store may hold, such as \"1.5TiB\"; unset: as much as the watermarks allow";
@@ -44,7 +44,7 @@ settings! {
     "access.remember" = "\"10m\"": "How long an origin's word that a requester may read a model holds without asking again";
     "access.when_unreachable" = "\"remembered\"": "Who gets a model in a volume while its origin cannot be asked: remembered (who was let in within the window), deny, or allow (access.allow and access.deny alone decide)";
     "access.unreachable_window" = "\"1h\"": "How old the origin's word may be then";
-    "scrub.interval" = "\"168h\"": "Hash the whole store again this often; \"0s\" never";
+    "scrub.interval" = "\"168h\"": "Hash the whole store again this often, at least a minute; \"0s\" never";
     "scrub.bytes_per_second" = "\"50MiB\"": "How fast the scrub reads";
     "metrics.listen" = "": "Address for /metrics, /healthz and /readyz, such as \"0.0.0.0:9808\"; unset: none";
     "log.format" = "\"auto\"": "text, json, or auto: text on a terminal, else JSON";

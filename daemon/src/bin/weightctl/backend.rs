@@ -15,8 +15,10 @@ use weightd::config::Config;
 use weightd::rpc::{ControlService, Engine};
 use weightd::sources::Origins;
 use weightd::volumes::Volumes;
+use weightd_core::errors::Chain;
 use weightd_core::fetch::{FetchLimits, Fetcher};
 use weightd_core::store::{Store, StoreLimits};
+use weightd_proto::weightd::v1::VersionRequest;
 use weightd_proto::weightd::v1::control_client::ControlClient;
 use weightd_proto::weightd::v1::control_server::ControlServer;
 
@@ -28,11 +30,26 @@ const DEFAULT_SOCKET: &str = "/run/weightd/weightd.sock";
 /// How long an interrupted fetch may take to let go.
 const STOP: Duration = Duration::from_secs(5);
 
+/// How long a daemon may take to say that it is there.
+const ANSWER: Duration = Duration::from_secs(5);
+
 /// A connection to whoever does the work.
 pub(crate) struct Backend {
     pub(crate) client: ControlClient<Channel>,
-    embedded: Option<Arc<Fetcher>>,
+    worker: Worker,
 }
+
+enum Worker {
+    /// The daemon at this socket.
+    Daemon(PathBuf),
+    /// This process.
+    Embedded(Arc<Fetcher>),
+}
+
+/// The connection to whoever does the work broke.
+#[derive(Debug, thiserror::Error)]
+#[error("the connection broke ({0})")]
+pub(crate) struct Broken(pub(crate) String);
 
 /// The daemon does not answer.
 #[derive(Debug)]
@@ -120,19 +137,27 @@ impl Backend {
             let path = path.clone();
             async move { UnixStream::connect(path).await.map(TokioIo::new) }
         });
+        let unreachable = |detail: &str| {
+            let detail = detail.trim_start_matches("transport error: ");
+            Unreachable(socket.to_owned(), detail.to_owned())
+        };
         let channel = endpoint
             .connect_with_connector(connector)
             .await
-            .map_err(|error| {
-                let chain = weightd_core::errors::Chain(&error).to_string();
-                Unreachable(
-                    socket.to_owned(),
-                    chain.trim_start_matches("transport error: ").to_owned(),
-                )
-            })?;
+            .map_err(|error| unreachable(&Chain(&error).to_string()))?;
+        let mut client = client(channel);
+        // Only an answer shows that somebody is there, and lets us in: the kernel connects by itself.
+        let answer = tokio::time::timeout(ANSWER, client.version(VersionRequest {})).await;
+        match answer {
+            Err(_) => return Err(unreachable("it does not answer").into()),
+            Ok(Err(status)) if std::error::Error::source(&status).is_some() => {
+                return Err(unreachable(&Chain(&status).to_string()).into());
+            }
+            Ok(_) => {}
+        }
         Ok(Self {
-            client: client(channel),
-            embedded: None,
+            client,
+            worker: Worker::Daemon(socket.to_owned()),
         })
     }
 
@@ -145,7 +170,7 @@ impl Backend {
                 .hint()
                 .map(|hint| format!("\nhint: {hint}"))
                 .unwrap_or_default();
-            anyhow::anyhow!("{}{hint}", weightd_core::errors::Chain(&error))
+            anyhow::anyhow!("{}{hint}", Chain(&error))
         })?;
         let sources = Arc::new(Origins::from_env()?);
         let metrics = Arc::default();
@@ -184,18 +209,31 @@ impl Backend {
             .await?;
         Ok(Self {
             client: client(channel),
-            embedded: Some(fetcher),
+            worker: Worker::Embedded(fetcher),
         })
+    }
+
+    /// What a failed command means here: without a daemon, none is out of reach.
+    pub(crate) fn explain(&self, error: anyhow::Error) -> anyhow::Error {
+        match (error.downcast::<Broken>(), &self.worker) {
+            (Ok(broken), Worker::Daemon(socket)) => {
+                Unreachable(socket.clone(), broken.to_string()).into()
+            }
+            (Ok(Broken(detail)), Worker::Embedded(_)) => {
+                anyhow::anyhow!("weightctl's own service broke off: {detail}")
+            }
+            (Err(error), _) => error,
+        }
     }
 
     /// What to say when the user interrupts, after fetches in this process have let go.
     pub(crate) async fn interrupted(&self) -> &'static str {
-        match &self.embedded {
-            Some(fetcher) => {
+        match &self.worker {
+            Worker::Embedded(fetcher) => {
                 fetcher.shutdown(STOP).await;
                 "interrupted\nhint: run it again: it goes on where it stopped"
             }
-            None => {
+            Worker::Daemon(_) => {
                 "interrupted; a prefetch goes on in the daemon\nhint: `weightctl status` shows how far it is"
             }
         }

@@ -11,7 +11,7 @@ use weightd_proto::weightd::v1 as wire;
 
 use crate::Told;
 use crate::args::{Cli, Command, Files, Spec};
-use crate::backend::{Backend, Unreachable};
+use crate::backend::{Backend, Broken};
 use crate::output::{self, Output, bytes, count, seconds};
 use crate::progress::{Bar, shorten};
 
@@ -28,7 +28,7 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<()> {
     let backend = Backend::open(&cli.global).await?;
     let mut client = backend.client.clone();
     tokio::select! {
-        outcome = dispatch(&mut client, output, cli.command) => outcome,
+        outcome = dispatch(&mut client, output, cli.command) => outcome.map_err(|error| backend.explain(error)),
         _ = tokio::signal::ctrl_c() => {
             output::error(backend.interrupted().await);
             std::process::exit(130);
@@ -133,10 +133,7 @@ fn ask<T>(answer: Result<tonic::Response<T>, Status>) -> anyhow::Result<T> {
 fn failed(status: Status) -> anyhow::Error {
     if std::error::Error::source(&status).is_some() {
         let detail = weightd_core::errors::Chain(&status).to_string();
-        return anyhow::Error::new(Unreachable(
-            "its socket".into(),
-            format!("the connection broke ({detail})"),
-        ));
+        return anyhow::Error::new(Broken(detail));
     }
     anyhow::Error::new(status)
 }

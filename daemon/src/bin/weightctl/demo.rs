@@ -4,14 +4,18 @@
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use serde_json::{Value, json};
+use tokio::io::AsyncReadExt;
+use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
 use weightd::config::Bytes;
+use weightd::process::Signals;
 use weightd_core::digest::{Claims, Verifier};
 use weightd_core::manifest::Manifest;
 use weightd_standin::s3::{PutOptions, S3Config, S3Server};
@@ -41,8 +45,20 @@ pub(crate) struct DemoArgs {
 
 const SHARDS: u64 = 4;
 
+/// A user's proxy is not asked for origins on loopback. Source: the variables that curl and reqwest read.
+const PROXIES: [&str; 6] = [
+    "HTTP_PROXY",
+    "http_proxy",
+    "HTTPS_PROXY",
+    "https_proxy",
+    "ALL_PROXY",
+    "all_proxy",
+];
+
 /// Runs this program on the demo's store, as a user would.
 struct User {
+    stop: CancellationToken,
+    dir: PathBuf,
     root: PathBuf,
     hub: Hub,
     s3: S3Server,
@@ -69,22 +85,47 @@ impl User {
         command
             .env_remove("AWS_SESSION_TOKEN")
             .env_remove("AWS_PROFILE");
-        command.stdin(Stdio::null()).stderr(Stdio::inherit());
+        for proxy in PROXIES {
+            command.env_remove(proxy);
+        }
+        // What a killed one leaves goes with the rest.
+        command.env("TMPDIR", &self.dir);
+        command.stdin(Stdio::null()).stdout(Stdio::piped());
         Ok(command)
+    }
+
+    /// Runs a command to its end and gives its stdout, unless the user interrupts.
+    fn run(&self, words: &[&str]) -> Result<(ExitStatus, Vec<u8>)> {
+        ensure!(!self.stop.is_cancelled(), "interrupted");
+        let command = self.command(words)?;
+        Handle::current().block_on(async {
+            let mut child = tokio::process::Command::from(command).spawn()?;
+            let mut stdout = child.stdout.take().context("its output")?;
+            let mut bytes = Vec::new();
+            let ended = async {
+                stdout.read_to_end(&mut bytes).await?;
+                child.wait().await
+            };
+            let status = tokio::select! {
+                status = ended => status?,
+                () = self.stop.cancelled() => {
+                    // And wait: what still writes cannot be removed.
+                    child.kill().await?;
+                    bail!("interrupted");
+                }
+            };
+            Ok((status, bytes))
+        })
     }
 
     /// One step: the command, its result, and the time it took.
     fn step(&self, title: &str, words: &[&str]) -> Result<(Value, f64)> {
         self.say(&format!("\n{title}\n$ weightctl {}", words.join(" ")));
         let begun = Instant::now();
-        let ran = self.command(words)?.output()?;
+        let (status, stdout) = self.run(words)?;
         let took = begun.elapsed().as_secs_f64();
-        ensure!(
-            ran.status.success(),
-            "`weightctl {}` failed",
-            words.join(" ")
-        );
-        let result = serde_json::from_slice(&ran.stdout).context("its result")?;
+        ensure!(status.success(), "`weightctl {}` failed", words.join(" "));
+        let result = serde_json::from_slice(&stdout).context("its result")?;
         Ok((result, took))
     }
 
@@ -109,23 +150,44 @@ impl User {
 
 /// Runs the demo.
 pub(crate) async fn run(output: Output, args: &DemoArgs) -> Result<()> {
+    let mut signals = Signals::catch().context("cannot catch signals")?;
     let base = args.dir.clone().unwrap_or_else(std::env::temp_dir);
     let dir = base.join(format!("weightd-demo-{}", std::process::id()));
-    let (work, size) = (dir.clone(), args.size.0);
-    let outcome = weightd_core::blocking::run(move || play(output, &work, size)).await;
+    let (work, size, stop) = (dir.clone(), args.size.0, CancellationToken::new());
+    let stopped = stop.clone();
+    let playing = weightd_core::blocking::run(move || play(output, &work, size, stopped));
+    tokio::pin!(playing);
+    let outcome = tokio::select! {
+        biased;
+        () = signals.next() => {
+            stop.cancel();
+            tokio::select! {
+                _ = &mut playing => {}
+                () = signals.next() => std::process::exit(130),
+            }
+            None
+        }
+        outcome = &mut playing => Some(outcome),
+    };
     let cleaned = fs::remove_dir_all(&dir);
+    let Some(outcome) = outcome else {
+        output::error("interrupted");
+        std::process::exit(130);
+    };
     let value = outcome?;
     cleaned.with_context(|| format!("cannot remove {}", dir.display()))?;
     output.result(&value, summary)
 }
 
 /// The origins, and a user of them.
-fn set_up(output: Output, dir: &Path, size: u64) -> Result<User> {
+fn set_up(output: Output, dir: &Path, size: u64, stop: CancellationToken) -> Result<User> {
     let bucket = dir.join("origin/bucket/models/demo");
     fs::create_dir_all(&bucket).with_context(|| format!("cannot create {}", bucket.display()))?;
     let shards = usize::try_from(SHARDS).expect("a handful");
     generate::write_model(&bucket, 1, shards, size / SHARDS)?;
     let user = User {
+        stop,
+        dir: dir.to_owned(),
         root: dir.join("store"),
         hub: Hub::spawn_thread(HubConfig::default())?,
         s3: S3Server::spawn_thread(S3Config::default())?,
@@ -153,8 +215,8 @@ fn set_up(output: Output, dir: &Path, size: u64) -> Result<User> {
     Ok(user)
 }
 
-fn play(output: Output, dir: &Path, size: u64) -> Result<Value> {
-    let user = set_up(output, dir, size)?;
+fn play(output: Output, dir: &Path, size: u64, stop: CancellationToken) -> Result<Value> {
+    let user = set_up(output, dir, size, stop)?;
     let hub = user.step(
         "1. From the Hub, into an empty store:",
         &["prefetch", "hf://org/model"],
@@ -206,9 +268,9 @@ fn play(output: Output, dir: &Path, size: u64) -> Result<Value> {
 fn mounted(user: &User, tree: &Path) -> Result<Value> {
     user.say("\n5. Mounted read-only, as a pod would see it:");
     let inside = tree.to_str().context("a path in UTF-8")?;
-    let ran = user.command(&["demo", "--inside", inside])?.output()?;
-    ensure!(ran.status.success(), "reading through the mount failed");
-    let result: Value = serde_json::from_slice(&ran.stdout).context("its result")?;
+    let (status, stdout) = user.run(&["demo", "--inside", inside])?;
+    ensure!(status.success(), "reading through the mount failed");
+    let result: Value = serde_json::from_slice(&stdout).context("its result")?;
     if result["mounted"] == true {
         let read = result["bytes"].as_u64().unwrap_or_default();
         let took = result["seconds"].as_f64().unwrap_or_default();
@@ -245,8 +307,16 @@ pub(crate) fn inside(tree: &Path) -> Result<()> {
     }
     let target = std::env::temp_dir().join(format!("weightd-demo-mount-{}", std::process::id()));
     fs::create_dir(&target).with_context(|| format!("cannot create {}", target.display()))?;
+    let outcome = through_mount(tree, &target);
+    let removed = fs::remove_dir(&target);
+    let value = outcome?;
+    removed.with_context(|| format!("cannot remove {}", target.display()))?;
+    Output(crate::args::Format::Json).result(&value, |_| String::new())
+}
+
+fn through_mount(tree: &Path, target: &Path) -> Result<Value> {
     let none = None::<&Path>;
-    mount(Some(tree), &target, none, MsFlags::MS_BIND, none).context("cannot bind the tree")?;
+    mount(Some(tree), target, none, MsFlags::MS_BIND, none).context("cannot bind the tree")?;
     // Linux ignores the other flags on the first bind, so a second call sets them.
     let flags = MsFlags::MS_BIND
         | MsFlags::MS_REMOUNT
@@ -254,11 +324,12 @@ pub(crate) fn inside(tree: &Path) -> Result<()> {
         | MsFlags::MS_NOSUID
         | MsFlags::MS_NODEV
         | MsFlags::MS_NOEXEC;
-    mount(none, &target, none, flags, none).context("cannot make the mount read-only")?;
-    let outcome = read_back(tree, &target);
-    nix::mount::umount(&target)?;
-    fs::remove_dir(&target)?;
-    Output(crate::args::Format::Json).result(&outcome?, |_| String::new())
+    let read_only = mount(none, target, none, flags, none);
+    let outcome = read_only
+        .context("cannot make the mount read-only")
+        .and_then(|()| read_back(tree, target));
+    nix::mount::umount(target)?;
+    outcome
 }
 
 fn own_namespace() -> Result<()> {

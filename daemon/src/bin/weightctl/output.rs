@@ -1,9 +1,4 @@
 //! The only place that prints: results on stdout, all else on stderr.
-#![allow(
-    clippy::print_stdout,
-    clippy::print_stderr,
-    reason = "this is the place"
-)]
 
 use std::io::{self, Write};
 
@@ -42,20 +37,21 @@ impl Output {
 pub(crate) fn plain(bytes: &[u8]) -> anyhow::Result<()> {
     let mut stdout = io::stdout().lock();
     match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
-        // The reader has seen enough, for example `head`.
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => std::process::exit(0),
+        // The reader has seen enough, for example `head`. How the command ends is told by its exit code.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         result => Ok(result?),
     }
 }
 
 /// Tells the user something that is no result.
 pub(crate) fn note(text: &str) {
-    eprintln!("{text}");
+    // Who closed stderr does not want to know.
+    let _ = writeln!(io::stderr(), "{text}");
 }
 
 /// Tells why it failed. The remedy stands on a line of its own.
 pub(crate) fn error(text: &str) {
-    eprintln!("error: {text}");
+    let _ = writeln!(io::stderr(), "error: {text}");
 }
 
 /// Bytes for people: `16.1 GiB`.

@@ -72,10 +72,32 @@ fn fetching(progress: &Progress) -> String {
     )
 }
 
-/// A commit is too long for a line that also shows figures.
+/// A commit or digest is too long for a line that also shows figures.
 pub(crate) fn shorten(model: &str) -> String {
+    let long = |revision: &str| {
+        matches!(revision.len(), 40 | 64) && revision.bytes().all(|byte| byte.is_ascii_hexdigit())
+    };
     match model.rsplit_once('@') {
-        Some((name, revision)) if revision.len() >= 40 => format!("{name}@{}", &revision[..12]),
+        Some((name, revision)) if long(revision) => format!("{name}@{}", &revision[..12]),
         _ => model.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_resolved_is_shortened() {
+        let commit = "0e9e39f249a16976918f6564b8830bc894c89659";
+        assert_eq!(
+            shorten(&format!("hf://org/model@{commit}")),
+            "hf://org/model@0e9e39f249a1"
+        );
+        // The twelfth byte of this branch is in the middle of a letter.
+        for branch in ["é".repeat(20), "x".repeat(40), format!("{commit}0")] {
+            let model = format!("hf://org/model@x{branch}");
+            assert_eq!(shorten(&model), model);
+        }
     }
 }
