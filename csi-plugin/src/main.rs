@@ -17,6 +17,9 @@ use weightd_csi::pod::Pods;
 use weightd_csi::reconcile;
 use weightd_csi::volume::KubeletDir;
 
+/// What is logged if `RUST_LOG` says nothing. Each failed request to the API server is told of where it is made.
+const DEFAULT_FILTER: &str = "info,kube_client::client::builder=off";
+
 /// The CSI plugin of weightd: mounts verified model weights, read-only, into pods.
 #[derive(Debug, Parser)]
 #[command(version)]
@@ -118,7 +121,8 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
 
 /// Logs to stderr: for people on a terminal, else one JSON object a line. `RUST_LOG` chooses what.
 fn log() {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter =
+        EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(DEFAULT_FILTER));
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
         // It would tell of a closed stderr on stderr, and panic.

@@ -268,6 +268,14 @@ const OF_A_REMOVAL: &[&str] = &[
 const OF_A_COLLECTION: &[&str] = &["collect.renamed", "collect.deleted"];
 const OF_A_VERIFICATION: &[&str] = &["verify.set_aside", "verify.withdrawn"];
 const OF_A_REPAIR: &[&str] = &["repair.linked"];
+// The tests of volumes die there (tests/volumes/recovery.rs).
+const OF_A_VOLUME: &[&str] = &[
+    "volume.created",
+    "volume.recorded",
+    "volume.linked",
+    "volume.completed",
+    "volume.renamed",
+];
 
 #[test]
 fn every_fault_point_has_a_test_that_dies_there() {
@@ -277,6 +285,7 @@ fn every_fault_point_has_a_test_that_dies_there() {
         OF_A_COLLECTION,
         OF_A_VERIFICATION,
         OF_A_REPAIR,
+        OF_A_VOLUME,
     ];
     let tested: BTreeSet<&str> = tested.concat().into_iter().collect();
     let known: BTreeSet<&str> = fault::POINTS.iter().copied().collect();

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fs::{self, File, Permissions};
 use std::io::ErrorKind;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::process::Stdio;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -403,4 +404,93 @@ async fn a_thousand_mounts_are_all_complete_while_models_are_evicted() {
     tokio::join!(gc, futures::future::join_all((0..16).map(worker)));
 
     assert!(node.mounted().is_empty() && node.pins().is_empty());
+}
+
+#[tokio::test]
+async fn a_container_is_held_back_until_its_volume_is_complete() {
+    let node = Node::running().await;
+    let slow = Fault::new(FaultKind::Stall { after_bytes: 1000 });
+    node.hub.fault(slow.on(Origin::Cdn).forever());
+    let asked = [("source", MODEL), ("mode", "async")];
+    node.publish(&Ask::new("pod-1", &asked))
+        .await
+        .expect("published");
+    let given_up = node
+        .wait_for("pod-1", &["--timeout", "0.5", "--", "true"])
+        .output();
+    let given_up = given_up.expect("it runs");
+    assert_eq!(given_up.status.code(), Some(1));
+    let error = String::from_utf8_lossy(&given_up.stderr);
+    assert!(error.contains("not complete after"), "{error}");
+    let mut gated = node.wait_for("pod-1", &["--", "sh", "-c", "echo started"]);
+    let gated = gated.stdout(Stdio::piped()).spawn().expect("it runs");
+    tokio::time::sleep(Duration::from_millis(300)).await;
+
+    node.hub.clear_faults();
+
+    let output = gated.wait_with_output().expect("it ends");
+    assert!(output.status.success(), "{output:?}");
+    assert!(output.stdout.starts_with(b"started"), "{output:?}");
+    assert!(node.tree("pod-1").join(".weightd/complete").exists());
+    // A volume of the other mode is complete when it is there.
+    node.publish(&Ask::model("pod-2", MODEL))
+        .await
+        .expect("published");
+    let status = node
+        .wait_for("pod-2", &["--", "sh", "-c", "exit 7"])
+        .status();
+    assert_eq!(
+        status.expect("it runs").code(),
+        Some(7),
+        "not the command's own exit code"
+    );
+}
+
+#[tokio::test]
+async fn a_container_whose_volume_cannot_be_completed_ends_and_says_why() {
+    let node = Node::running().await;
+    let corrupt = FaultKind::Corrupt {
+        at_byte: 5000,
+        xor: 1,
+    };
+    node.hub
+        .fault(Fault::new(corrupt).on(Origin::Cdn).forever());
+    let asked = [("source", MODEL), ("mode", "async")];
+    node.publish(&Ask::new("pod-1", &asked))
+        .await
+        .expect("published");
+
+    let output = node
+        .wait_for("pod-1", &["--timeout", "60", "--", "true"])
+        .output()
+        .expect("it runs");
+
+    assert_eq!(output.status.code(), Some(1));
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        error.contains("will not be complete: cannot fetch"),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn a_container_that_waits_can_be_stopped() {
+    let node = Node::running().await;
+    node.hub
+        .fault(Fault::new(FaultKind::NoAnswer).on(Origin::Cdn).forever());
+    let asked = [("source", MODEL), ("mode", "async")];
+    node.publish(&Ask::new("pod-1", &asked))
+        .await
+        .expect("published");
+    let mut waiting = node
+        .wait_for("pod-1", &["--", "true"])
+        .spawn()
+        .expect("it runs");
+    tokio::time::sleep(Duration::from_millis(500)).await;
+
+    let pid = i32::try_from(waiting.id()).expect("a pid");
+    let signal = nix::sys::signal::Signal::SIGTERM;
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal).expect("it lives");
+
+    assert_eq!(waiting.wait().expect("it ends").code(), Some(128 + 15));
 }

@@ -391,6 +391,17 @@ impl Node {
         self.namespace.command(Path::new(program))
     }
 
+    /// `weightctl wait` for a pod's volume, as the pod's container runs it.
+    pub(crate) fn wait_for(&self, pod: &str, words: &[&str]) -> Command {
+        let mut command = self.namespace.command(&binary("weightctl"));
+        command
+            .arg("wait")
+            .arg("--dir")
+            .arg(self.target(pod))
+            .args(words);
+        command
+    }
+
     /// `weightctl` on the daemon's socket.
     pub(crate) fn weightctl_command(&self, words: &[&str]) -> Command {
         let mut command = Command::new(binary("weightctl"));

@@ -41,7 +41,7 @@ settings! {
     "file.allow" = "[]": "Directories that file:// models may lie below";
     "access.allow" = "[]": "Which namespaces may use which models in volumes: tables with source and namespace, both globs; if there are any, all else is denied";
     "access.deny" = "[]": "Which namespaces may not use which models; beats access.allow";
-    "access.remember" = "\"10m\"": "How long an origin's word that a requester may read a model holds without asking again";
+    "access.remember" = "\"10min\"": "How long an origin's word that a requester may read a model holds without asking again";
     "access.when_unreachable" = "\"remembered\"": "Who gets a model in a volume while its origin cannot be asked: remembered (who was let in within the window), deny, or allow (access.allow and access.deny alone decide)";
     "access.unreachable_window" = "\"1h\"": "How old the origin's word may be then";
     "scrub.interval" = "\"168h\"": "Hash the whole store again this often, at least a minute; \"0s\" never";

@@ -106,6 +106,9 @@ impl fmt::Display for Span {
             seconds if seconds > 0 && seconds.is_multiple_of(3600) => {
                 write!(f, "{}h", seconds / 3600)
             }
+            seconds if seconds > 0 && seconds.is_multiple_of(60) => {
+                write!(f, "{}min", seconds / 60)
+            }
             seconds => write!(f, "{seconds}s"),
         }
     }
@@ -160,5 +163,8 @@ mod tests {
                 .all(|text| text.parse::<Span>().is_err())
         );
         assert_eq!(Bytes(3 << 29).to_string(), "1536MiB");
+        for text in ["168h", "10min", "90s", "0s"] {
+            assert_eq!(text.parse::<Span>().unwrap().to_string(), text);
+        }
     }
 }

@@ -178,6 +178,18 @@ other formats and pickle files are left out. JSON: one object a line for each mo
         #[command(flatten)]
         files: Files,
     },
+    /// Wait until a pod's volume is complete, then become the given command
+    ///
+    /// For volumes that are mounted before they are complete (mode: async). Reads the volume only: no
+    /// daemon and no network is needed. Fails at once if the volume says that it will not be complete.
+    #[command(after_help = "\
+Examples:
+  weightctl wait --dir /models -- vllm serve /models
+  weightctl wait --timeout 1800 -- python serve.py
+
+Without this program in the container, a shell does the same:
+  until [ -e /models/.weightd/complete ]; do sleep 1; done; exec vllm serve /models")]
+    Wait(super::wait::WaitArgs),
     /// The main job on an embedded origin, offline: prefetch, read-only mount, verify, timings
     #[cfg(feature = "demo")]
     Demo(super::demo::DemoArgs),

@@ -62,7 +62,9 @@ async fn dispatch(client: &mut Client, output: Output, command: Command) -> anyh
         Command::Verify { model, files } => verify(client, output, model, files).await,
         #[cfg(feature = "demo")]
         Command::Demo(_) => unreachable!("it needs no backend"),
-        Command::Completions { .. } | Command::Man { .. } => unreachable!("they need no backend"),
+        Command::Completions { .. } | Command::Man { .. } | Command::Wait(_) => {
+            unreachable!("they need no backend")
+        }
     }
 }
 

@@ -13,6 +13,7 @@ mod commands;
 mod demo;
 mod output;
 mod progress;
+mod wait;
 
 use args::Cli;
 use backend::Unreachable;
@@ -64,6 +65,13 @@ fn main() -> ExitCode {
         }
     };
     weightd::telemetry::start_for_command_line(cli.global.verbose);
+    if let args::Command::Wait(wait) = cli.command {
+        // Before anything is changed that the program it becomes would inherit.
+        return match wait::run(wait) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => explain(&error),
+        };
+    }
     weightd::process::raise_file_limit();
     #[cfg(feature = "demo")]
     if let args::Command::Demo(demo::DemoArgs {
