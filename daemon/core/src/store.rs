@@ -20,8 +20,8 @@
 //!
 //! Rules:
 //!
-//! 1. A blob or snapshot appears by one `rename`, after its bytes were synced; the directory is synced
-//!    after. Nothing under `blobs/` was ever seen with other bytes than its name says.
+//! 1. A blob appears by one link, a snapshot by one `rename`, after its bytes were synced; the
+//!    directory is synced after. Nothing under `blobs/` was ever seen with other bytes than its name says.
 //! 2. Lease first, look second. A lease is a snapshot in the making: a directory of hard links,
 //!    locked by its maker. A blob is linked there *before* it gets its name, so at no moment does it
 //!    look unused; who removes holds `lock` alone, who links holds it shared.

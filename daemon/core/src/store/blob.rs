@@ -1,22 +1,23 @@
 //! Blobs in the making: staging, the journal, hashing and sealing.
 
 use std::fmt;
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata};
 use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirEntryExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use bytes::Bytes;
-use nix::fcntl::{FallocateFlags, RenameFlags};
+use nix::fcntl::FallocateFlags;
 
 use self::journal::{Journal, Record, checksum};
 use self::ranges::Ranges;
+use super::evict::remove_if_there;
 use super::snapshot::Lease;
-use super::{At, Store, StoreError, claim, sync_parent};
+use super::{At, Store, StoreError, claim, entries, sync_parent};
 use crate::digest::{ClaimMismatch, Digest, Verifier};
 use crate::fault;
 use crate::source::RemoteFile;
@@ -140,7 +141,7 @@ impl Store {
     /// [`StoreError::Io`].
     pub fn claim(&self, key: &StageKey) -> Result<Claimed, StoreError> {
         let path = self.staging().join(format!("{key}.part"));
-        match claim_file(&path)? {
+        match self.claim_file(&path)? {
             Some(file) => {
                 fault::point("part.created");
                 Ok(Claimed::Mine(Claim {
@@ -152,13 +153,89 @@ impl Store {
         }
     }
 
+    /// Opens and locks `path`; `None` if somebody else has it.
+    fn claim_file(&self, path: &Path) -> Result<Option<claim::Held>, StoreError> {
+        let mut denied = 0;
+        loop {
+            let mut options = File::options();
+            options
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600);
+            let file = match options.open(path) {
+                // Its owner is about to seal it, or died there. Another denial is the folder's own.
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied && denied < 3 => {
+                    denied += 1;
+                    if self.unprotect(path)? {
+                        continue;
+                    }
+                    return Ok(None);
+                }
+                opened => opened.at("create", path)?,
+            };
+            let Some(held) = claim::try_exclusive(file).at("lock", path)? else {
+                return Ok(None);
+            };
+            // Its last owner may have sealed or removed it between our open and our lock.
+            if claim::still_at(&held, path).at("look at", path)?
+                && !self.strike_sealed_off(&held, path)?
+            {
+                return Ok(Some(held));
+            }
+        }
+    }
+
+    /// Makes a part that nobody works on writable again. False if somebody has it.
+    fn unprotect(&self, path: &Path) -> Result<bool, StoreError> {
+        let file = match File::open(path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
+            Err(error) => return Err(error).at("open", path),
+        };
+        let Some(held) = claim::try_exclusive(file).at("lock", path)? else {
+            return Ok(false);
+        };
+        // With the lock held and this name in place it does not become a blob.
+        if claim::still_at(&held, path).at("look at", path)?
+            && !self.strike_sealed_off(&held, path)?
+        {
+            held.set_permissions(fs::Permissions::from_mode(0o600))
+                .at("unprotect", path)?;
+        }
+        Ok(true)
+    }
+
+    /// Takes the name `path` off a blob, which a process left there that died as it sealed it. The
+    /// caller holds the part's lock.
+    fn strike_sealed_off(&self, part: &File, path: &Path) -> Result<bool, StoreError> {
+        if !self.is_sealed(&part.metadata().at("look at", path)?)? {
+            return Ok(false);
+        }
+        remove_if_there(&Journal::path_of(path))?;
+        remove_if_there(path)?;
+        Ok(true)
+    }
+
+    /// Whether a part is a blob by now, or was one that went bad: nobody may write to it.
+    pub(super) fn is_sealed(&self, part: &Metadata) -> Result<bool, StoreError> {
+        if part.nlink() < 2 {
+            return Ok(false);
+        }
+        // Blobs first: one that is set aside meanwhile gets its new name before it loses the old one.
+        if self.blobs()?.contains_key(&part.ino()) {
+            return Ok(true);
+        }
+        let aside = entries(&self.root().join("damaged"))?;
+        Ok(aside.iter().any(|entry| entry.ino() == part.ino()))
+    }
+
     /// Disk space that an unfinished download of these bytes has taken already.
     #[must_use]
     pub fn staged_bytes(&self, key: &StageKey) -> u64 {
         let path = self.staging().join(format!("{key}.part"));
-        fs::metadata(path).map_or(0, |metadata| {
-            std::os::unix::fs::MetadataExt::blocks(&metadata) * 512
-        })
+        fs::metadata(path).map_or(0, |metadata| metadata.blocks() * 512)
     }
 
     /// Bytes that an unfinished download of these bytes has brought already.
@@ -242,55 +319,6 @@ pub(super) fn preallocate(file: &File, size: u64) -> io::Result<()> {
         Err(nix::Error::EOPNOTSUPP) => file.set_len(size),
         result => Ok(result?),
     }
-}
-
-/// Opens and locks `path`; `None` if somebody else has it.
-fn claim_file(path: &Path) -> Result<Option<claim::Held>, StoreError> {
-    let mut denied = 0;
-    loop {
-        let mut options = File::options();
-        options
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600);
-        let file = match options.open(path) {
-            // Its owner is about to seal it, or died there. Another denial is the folder's own.
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied && denied < 3 => {
-                denied += 1;
-                if unprotect(path).at("open", path)? {
-                    continue;
-                }
-                return Ok(None);
-            }
-            opened => opened.at("create", path)?,
-        };
-        let Some(held) = claim::try_exclusive(file).at("lock", path)? else {
-            return Ok(None);
-        };
-        // Its last owner may have sealed or removed it between our open and our lock.
-        if claim::still_at(&held, path).at("look at", path)? {
-            return Ok(Some(held));
-        }
-    }
-}
-
-/// Makes a part that nobody works on writable again. False if somebody has it.
-fn unprotect(path: &Path) -> io::Result<bool> {
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
-        Err(error) => return Err(error),
-    };
-    let Some(held) = claim::try_exclusive(file)? else {
-        return Ok(false);
-    };
-    // With the lock held and this name in place it is no blob, and does not become one.
-    if claim::still_at(&held, path)? {
-        held.set_permissions(fs::Permissions::from_mode(0o600))?;
-    }
-    Ok(true)
 }
 
 impl Part {
@@ -514,19 +542,25 @@ impl Part {
         super::make_dirs(blob.parent().unwrap_or(store.root()))
             .at("create the folder of", &blob)?;
         let _shared = store.lock_shared()?;
-        if blob.exists() {
-            // Somebody had the same bytes under another key.
-            self.remember(store, file, digest)?;
-            lease.link(&blob, &file.path)?;
-        } else {
-            lease.link(&self.path, &file.path)?;
-            fault::point("seal.linked");
-            // Before the rename: with it this claim ends, and the next owner must find all of it.
-            self.remember(store, file, digest)?;
-            rename_new(&self.path, &blob)?;
-            sync_parent(&blob).at("sync the folder of", &blob)?;
-            fault::point("seal.renamed");
+        let linked = lease.link(&self.path, &file.path)?;
+        // Only what was hashed may get the name, whatever lies at the part's path by now.
+        if !claim::still_at(&self.file, &linked).at("look at", &linked)? {
+            remove_if_there(&linked)?;
+            let replaced = io::Error::other("another file took its place");
+            return Err(replaced).at("seal", &self.path);
         }
+        fault::point("seal.linked");
+        // Before the name: with it others may take the blob, and must find all of it.
+        self.remember(store, file, digest)?;
+        match fs::hard_link(&linked, &blob) {
+            // Somebody had the same bytes under another key.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                lease.link(&blob, &file.path)?;
+            }
+            named => named.at("link", &blob)?,
+        }
+        sync_parent(&blob).at("sync the folder of", &blob)?;
+        fault::point("seal.renamed");
         self.remove_files()?;
         fault::point("seal.unjournaled");
         Ok(())
@@ -550,23 +584,14 @@ impl Part {
     }
 
     fn remove_files(&self) -> Result<(), StoreError> {
-        // After the rename in `seal` the name may already be the next owner's.
-        if claim::still_at(&self.file, &self.path).at("look at", &self.path)? {
-            fs::remove_file(&self.path).at("remove", &self.path)?;
+        // A part that is not ours has a journal that is not ours.
+        if !claim::still_at(&self.file, &self.path).at("look at", &self.path)? {
+            return Ok(());
         }
+        // The journal first: with the part this claim ends, and the next owner writes its own.
         let journal = self.journal.lock().expect("no holder of this lock panics");
-        journal.remove().at("remove the journal of", &self.path)
-    }
-}
-
-/// Renames, unless the new name is taken: then the bytes are there already.
-fn rename_new(from: &Path, to: &Path) -> Result<(), StoreError> {
-    let here = nix::fcntl::AT_FDCWD;
-    match nix::fcntl::renameat2(here, from, here, to, RenameFlags::RENAME_NOREPLACE) {
-        Ok(()) | Err(nix::Error::EEXIST) => Ok(()),
-        // A few file systems do not know the flag. The lock on the part keeps others off this key.
-        Err(nix::Error::EINVAL | nix::Error::ENOSYS) => fs::rename(from, to).at("rename into", to),
-        Err(errno) => Err(errno).at("rename into", to),
+        journal.remove().at("remove the journal of", &self.path)?;
+        remove_if_there(&self.path)
     }
 }
 

@@ -87,7 +87,7 @@ pub(super) struct Space {
 }
 
 /// A blob on disk.
-struct Stored {
+pub(super) struct Stored {
     path: PathBuf,
     bytes: u64,
     links: u64,
@@ -139,7 +139,8 @@ impl Store {
         })
     }
 
-    fn blobs(&self) -> Result<HashMap<u64, Stored>, StoreError> {
+    /// All blobs, by inode.
+    pub(super) fn blobs(&self) -> Result<HashMap<u64, Stored>, StoreError> {
         let mut blobs = HashMap::new();
         for folder in entries(&self.root.join("blobs/sha256"))? {
             for entry in entries(&folder.path())? {
@@ -392,18 +393,34 @@ impl Store {
                 Some("gone") if path.is_dir() => fs::remove_dir_all(&path).at("delete", &path)?,
                 Some("gone" | "probe") => remove_if_there(&path)?,
                 Some("room") => swept.bytes += remove_unlocked(&path, bytes)?.unwrap_or(0),
-                Some("part") if partial == Partial::All || self.is_stale(&path)? => {
-                    if let Some(bytes) = remove_unlocked(&path, bytes)? {
-                        remove_if_there(&path.with_extension("journal"))?;
-                        swept.partial += 1;
-                        swept.bytes += bytes;
-                    }
-                }
+                Some("part") => self.sweep_part(&path, partial, &mut swept)?,
                 Some("journal") if !path.with_extension("part").exists() => remove_if_there(&path)?,
                 _ => {}
             }
         }
         Ok(swept)
+    }
+
+    fn sweep_part(
+        &self,
+        path: &Path,
+        partial: Partial,
+        swept: &mut Collected,
+    ) -> Result<(), StoreError> {
+        let Some(metadata) = look(path)? else {
+            return Ok(());
+        };
+        // A blob that kept this name as its process died: without it, eviction frees the bytes.
+        let sealed = self.is_sealed(&metadata)?;
+        if !sealed && partial == Partial::Stale && !self.is_stale(path)? {
+            return Ok(());
+        }
+        let bytes = remove_unlocked(path, metadata.blocks() * 512)?;
+        if let Some(bytes) = bytes.filter(|_| !sealed) {
+            swept.partial += 1;
+            swept.bytes += bytes;
+        }
+        Ok(())
     }
 
     /// Deletes snapshots that were withdrawn, unless somebody holds them.
@@ -494,16 +511,26 @@ pub(super) fn remove_if_there(path: &Path) -> Result<(), StoreError> {
     }
 }
 
-/// Removes a file unless a process holds its lock. Returns `bytes` if it is gone.
+/// Removes a file, and its journal, unless a process holds its lock. Returns `bytes` if it is gone.
 fn remove_unlocked(path: &Path, bytes: u64) -> Result<Option<u64>, StoreError> {
     let file = match File::open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error).at("open", path),
     };
-    let Some(_lock) = claim::try_exclusive(file).at("lock", path)? else {
+    remove_if_still_there(file, path, bytes)
+}
+
+fn remove_if_still_there(file: File, path: &Path, bytes: u64) -> Result<Option<u64>, StoreError> {
+    let Some(lock) = claim::try_exclusive(file).at("lock", path)? else {
         return Ok(None);
     };
+    // It may have been sealed, and the next owner's file lie there now.
+    if !claim::still_at(&lock, path).at("look at", path)? {
+        return Ok(None);
+    }
+    // The journal first: with the part the claim is free, and its next owner writes another.
+    remove_if_there(&path.with_extension("journal"))?;
     remove_if_there(path)?;
     Ok(Some(bytes))
 }
@@ -517,5 +544,25 @@ fn delete_all(paths: &[PathBuf]) -> Result<(), StoreError> {
     match paths.first() {
         Some(path) => sync_parent(path).at("sync the folder of", path),
         None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_took_the_place_of_a_sealed_one_is_not_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.part");
+        fs::write(&path, "sealed").unwrap();
+        let opened = File::open(&path).unwrap();
+        fs::rename(&path, dir.path().join("blob")).unwrap();
+        fs::write(&path, "another owner's").unwrap();
+
+        let removed = remove_if_still_there(opened, &path, 6).unwrap();
+
+        assert_eq!(removed, None);
+        assert_eq!(fs::read(&path).unwrap(), b"another owner's");
     }
 }

@@ -225,13 +225,14 @@ impl Lease {
         self.dir.join("tree")
     }
 
-    pub(super) fn link(&self, from: &Path, path: &RelPath) -> Result<(), StoreError> {
+    /// Links `from` in at `path`; returns where that is.
+    pub(super) fn link(&self, from: &Path, path: &RelPath) -> Result<PathBuf, StoreError> {
         let to = self.dir.join("tree").join(path);
         if let Some(parent) = to.parent() {
             make_dirs(parent).at("create", parent)?;
         }
         match fs::hard_link(from, &to) {
-            // A part that was staged twice: the first seal was killed on its way.
+            // A part of bytes that somebody else sealed first: two names, one inode.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 fs::remove_file(&to).at("remove", &to)?;
                 fs::hard_link(from, &to).at("link", &to)?;
@@ -239,7 +240,7 @@ impl Lease {
             result => result.at("link", &to)?,
         }
         fault::point("lease.linked");
-        Ok(())
+        Ok(to)
     }
 
     /// Publishes the snapshot that `manifest` describes, whose files were all added.

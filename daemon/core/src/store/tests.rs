@@ -15,6 +15,8 @@ use crate::manifest::{FileEntry, Manifest};
 use crate::model::{ModelRef, Patterns, RelPath, Revision, SnapshotId};
 use crate::source::RemoteFile;
 
+mod sealing;
+
 fn store() -> (tempfile::TempDir, Arc<Store>) {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(&dir.path().join("store"), StoreLimits::default()).unwrap();
