@@ -44,6 +44,7 @@ use nix::fcntl::FlockArg;
 
 use crate::digest::Digest;
 use crate::fault;
+use crate::model::RelPath;
 
 mod blob;
 mod claim;
@@ -330,6 +331,9 @@ pub enum StoreError {
     /// There is no such snapshot.
     #[error("{0} is not in the store")]
     Missing(String),
+    /// A blob went bad, and was set aside, after a snapshot in the making had linked it.
+    #[error("`{0}` was set aside as damaged before the snapshot was published")]
+    SetAside(RelPath),
     /// The directory holds something else.
     #[error("{} is not a weightd store, and not empty", path.display())]
     NotAStore {
@@ -396,6 +400,7 @@ impl StoreError {
             Self::Missing(_) => {
                 "`weightctl ls` lists what is here, `weightctl prefetch MODEL` fetches".to_owned()
             }
+            Self::SetAside(_) => "run it again: it fetches that file anew".to_owned(),
             Self::NotAStore { .. } => "choose an empty or a new directory with --root".to_owned(),
             Self::NewerFormat { .. } => {
                 "use the version of weightd that wrote it, or another --root".to_owned()

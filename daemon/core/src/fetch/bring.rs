@@ -338,7 +338,8 @@ fn link_if_here(
     let Some(digest) = store.digest_of(file)? else {
         return Ok(None);
     };
-    Ok(lease.add(digest, &file.path)?.then(|| entry(file, digest)))
+    let here = lease.add(digest, file.size, &file.path)?;
+    Ok(here.then(|| entry(file, digest)))
 }
 
 fn entry(file: &RemoteFile, sha256: Digest) -> FileEntry {

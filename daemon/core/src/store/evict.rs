@@ -496,7 +496,7 @@ fn lock_dir(path: &Path) -> Result<Option<claim::Held>, StoreError> {
     }
 }
 
-fn look(path: &Path) -> Result<Option<fs::Metadata>, StoreError> {
+pub(super) fn look(path: &Path) -> Result<Option<fs::Metadata>, StoreError> {
     match fs::symlink_metadata(path) {
         Ok(metadata) => Ok(Some(metadata)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),

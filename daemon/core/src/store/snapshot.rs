@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use super::evict::look;
 use super::pin::Holder;
 use super::{At, Store, StoreError, claim, entries, make_dirs, sync_parent, write_atomically};
 use crate::digest::Digest;
@@ -204,15 +205,15 @@ pub(super) fn read_manifest(path: &Path) -> Result<Option<(Manifest, i64)>, Stor
 }
 
 impl Lease {
-    /// Links the blob `digest` in at `path`. False if the blob is not here.
+    /// Links the blob `digest` in at `path`. False if the blob is not here, or not `size` bytes long.
     ///
     /// # Errors
     ///
     /// [`StoreError::Io`].
-    pub fn add(&self, digest: Digest, path: &RelPath) -> Result<bool, StoreError> {
+    pub fn add(&self, digest: Digest, size: u64, path: &RelPath) -> Result<bool, StoreError> {
         let _shared = self.store.lock_shared()?;
         let blob = self.store.blob_path(digest);
-        if !blob.exists() {
+        if look(&blob)?.is_none_or(|found| found.len() != size) {
             return Ok(false);
         }
         self.link(&blob, path)?;
@@ -250,7 +251,7 @@ impl Lease {
     ///
     /// # Errors
     ///
-    /// [`StoreError::Io`].
+    /// [`StoreError::SetAside`] if one of its blobs went bad meanwhile, else [`StoreError::Io`].
     pub fn publish(mut self, manifest: &Manifest) -> Result<SnapshotLease, StoreError> {
         let path = self.dir.join("manifest.json");
         let json = serde_json::to_vec_pretty(manifest)
@@ -262,6 +263,7 @@ impl Lease {
         fault::point("publish.synced");
         let to = self.store.snapshot_dir(&manifest.snapshot);
         let shared = self.store.lock_shared()?;
+        self.check_blobs(manifest)?;
         match fs::rename(&self.dir, &to) {
             Ok(()) => {
                 fault::point("publish.renamed");
@@ -284,6 +286,22 @@ impl Lease {
         drop(shared);
         let lease = self.store.lease_snapshot(&manifest.snapshot)?;
         lease.ok_or_else(|| StoreError::Missing(manifest.model.to_string()))
+    }
+
+    /// Whether each file is still the blob that its digest names: one that was set aside since it was
+    /// linked is bad. The caller holds the store's lock.
+    fn check_blobs(&self, manifest: &Manifest) -> Result<(), StoreError> {
+        for file in &manifest.files {
+            let ours = look(&self.dir.join("tree").join(&file.path))?;
+            let blob = look(&self.store.blob_path(file.sha256))?;
+            let same = ours.zip(blob).is_some_and(|(ours, blob)| {
+                (ours.dev(), ours.ino()) == (blob.dev(), blob.ino()) && ours.len() == file.size
+            });
+            if !same {
+                return Err(StoreError::SetAside(file.path.clone()));
+            }
+        }
+        Ok(())
     }
 
     /// Puts the files of a withdrawn snapshot back, its manifest last.

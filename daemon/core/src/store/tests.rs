@@ -15,6 +15,7 @@ use crate::manifest::{FileEntry, Manifest};
 use crate::model::{ModelRef, Patterns, RelPath, Revision, SnapshotId};
 use crate::source::RemoteFile;
 
+mod damage;
 mod sealing;
 
 fn store() -> (tempfile::TempDir, Arc<Store>) {
@@ -46,7 +47,8 @@ fn mine(store: &Store, file: &RemoteFile) -> Arc<Part> {
 
 fn seal(store: &Arc<Store>, lease: &Lease, path: &str, bytes: &[u8]) -> FileEntry {
     let file = remote(path, bytes);
-    if !lease.add(Digest::of(bytes), &file.path).unwrap() {
+    let digest = Digest::of(bytes);
+    if !lease.add(digest, file.size, &file.path).unwrap() {
         let part = mine(store, &file);
         part.write(0, &[Bytes::copy_from_slice(bytes)]).unwrap();
         let digest = part.hash(Verifier::new(file.size, file.claims)).unwrap();
@@ -61,26 +63,46 @@ fn seal(store: &Arc<Store>, lease: &Lease, path: &str, bytes: &[u8]) -> FileEntr
     }
 }
 
-fn publish(store: &Arc<Store>, name: &str, files: &[(&str, &[u8])]) -> SnapshotId {
+fn revision(name: &str) -> Revision {
+    Revision::new(&Digest::of(name.as_bytes()).to_string()[..40]).unwrap()
+}
+
+/// What a snapshot of the model `name` says that it holds.
+fn manifest(name: &str, patterns: Patterns, files: Vec<FileEntry>) -> Manifest {
     let model: ModelRef = format!("hf://org/{name}").parse().unwrap();
-    let revision = Revision::new(&Digest::of(name.as_bytes()).to_string()[..40]).unwrap();
-    let snapshot = SnapshotId::new(&model, &revision, &Patterns::default());
+    let revision = revision(name);
+    Manifest {
+        format: Manifest::FORMAT,
+        snapshot: SnapshotId::new(&model, &revision, &patterns),
+        model: model.at(&revision),
+        patterns,
+        published_at: 0,
+        files,
+    }
+}
+
+fn publish_as(
+    store: &Arc<Store>,
+    name: &str,
+    patterns: Patterns,
+    files: &[(&str, &[u8])],
+) -> SnapshotId {
     let lease = store.lease().unwrap();
     let files = files
         .iter()
         .map(|(path, bytes)| seal(store, &lease, path, bytes))
         .collect();
-    let manifest = Manifest {
-        format: Manifest::FORMAT,
-        snapshot: snapshot.clone(),
-        model: model.at(&revision),
-        patterns: Patterns::default(),
-        published_at: 0,
-        files,
-    };
+    let manifest = manifest(name, patterns, files);
     drop(lease.publish(&manifest).unwrap());
-    store.touch(&model, &revision, &snapshot).unwrap();
-    snapshot
+    let asked = format!("hf://org/{name}").parse().unwrap();
+    store
+        .touch(&asked, &revision(name), &manifest.snapshot)
+        .unwrap();
+    manifest.snapshot
+}
+
+fn publish(store: &Arc<Store>, name: &str, files: &[(&str, &[u8])]) -> SnapshotId {
+    publish_as(store, name, Patterns::default(), files)
 }
 
 /// Makes a snapshot look as if it was last used `seconds` after 1970.
@@ -385,54 +407,6 @@ fn pins_name_their_holder_and_go_with_it() {
     for bad in ["csi/..", "csi/", "other/x", "csi/a/b", "csi", "operator/.x"] {
         assert!(bad.parse::<Holder>().is_err(), "{bad}");
     }
-}
-
-#[test]
-fn a_damaged_blob_is_set_aside_and_comes_back_in_place() {
-    let (_dir, store) = store();
-    let files: [(&str, &[u8]); 2] = [("a", b"good bytes"), ("b", b"more bytes")];
-    let id = publish(&store, "m", &files);
-    let tree = store.snapshot(&id).unwrap().unwrap().path;
-    let mapped = File::open(tree.join("a")).unwrap();
-    let mounted = fs::metadata(&tree).unwrap().ino();
-    fs::set_permissions(tree.join("a"), fs::Permissions::from_mode(0o644)).unwrap();
-    fs::write(tree.join("a"), b"gooD bytes").unwrap();
-
-    let verified = store
-        .verify(None, &mut |_| ControlFlow::Continue(()))
-        .unwrap();
-
-    assert_eq!((verified.checked, verified.bytes), (2, 20));
-    let damaged = &verified.damaged[0];
-    assert_eq!(damaged.sha256, Digest::of(b"good bytes"));
-    assert_eq!(damaged.got, Some(Digest::of(b"gooD bytes")));
-    assert_eq!(damaged.snapshots, std::slice::from_ref(&id));
-    assert_eq!(
-        fs::read(damaged.set_aside.as_ref().unwrap()).unwrap(),
-        b"gooD bytes"
-    );
-    assert!(store.snapshot(&id).unwrap().is_none(), "still served");
-    assert!(!tree.join("a").exists(), "wrong bytes can still be opened");
-    assert_eq!(
-        mapped.metadata().unwrap().len(),
-        10,
-        "a reader lost its file"
-    );
-
-    assert_eq!(publish(&store, "m", &files), id);
-    assert_eq!(fs::read(tree.join("a")).unwrap(), b"good bytes");
-    assert_eq!(
-        fs::metadata(&tree).unwrap().ino(),
-        mounted,
-        "the mounted directory was replaced"
-    );
-    assert!(
-        store
-            .verify(Some(&id), &mut |_| ControlFlow::Continue(()))
-            .unwrap()
-            .damaged
-            .is_empty()
-    );
 }
 
 #[test]
