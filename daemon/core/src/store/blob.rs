@@ -533,7 +533,11 @@ impl Part {
         file: &RemoteFile,
     ) -> Result<(), StoreError> {
         // Bytes first, then the name: after a power loss the name must not stand for other bytes.
-        self.file.sync_data().at("sync", &self.path)?;
+        if let Err(error) = self.file.sync_data() {
+            // What the disk lost the page cache still shows: whoever goes on would believe it.
+            let _ = self.discard();
+            return Err(error).at("sync", &self.path);
+        }
         self.file
             .set_permissions(fs::Permissions::from_mode(0o444))
             .at("protect", &self.path)?;
@@ -618,4 +622,47 @@ fn write_all_at(file: &File, mut offset: u64, block: &[Bytes]) -> io::Result<()>
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::StoreLimits;
+    use super::*;
+    use crate::digest::Claims;
+    use crate::model::RelPath;
+
+    #[test]
+    fn bytes_that_cannot_be_synced_are_not_gone_on_with() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path(), StoreLimits::default()).unwrap();
+        // The one kind of file that can be had anywhere and cannot be synced.
+        let path = store.staging().join("x.part");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let fifo = File::options().read(true).write(true).open(&path).unwrap();
+        let (journal, _) = Journal::open(Journal::path_of(&path), 0).unwrap();
+        let part = Part {
+            file: claim::try_exclusive(fifo).unwrap().unwrap(),
+            path,
+            size: 0,
+            journal: Mutex::new(journal),
+            resumed: Vec::new(),
+            state: Mutex::default(),
+            grown: Condvar::new(),
+        };
+        let file = RemoteFile {
+            path: RelPath::new("a").unwrap(),
+            size: 0,
+            claims: Claims::default(),
+            identity: None,
+            vouched: false,
+            xet_hash: None,
+        };
+
+        let lease = store.lease().unwrap();
+        let sealed = part.seal(&store, Digest::of(b""), &lease, &file);
+
+        assert!(matches!(sealed, Err(StoreError::Io { op: "sync", .. })));
+        drop(lease);
+        assert!(entries(&store.staging()).unwrap().is_empty());
+    }
 }
