@@ -545,6 +545,7 @@ impl Part {
         let blob = store.blob_path(digest);
         super::make_dirs(blob.parent().unwrap_or(store.root()))
             .at("create the folder of", &blob)?;
+        store.set_aside_other_length(digest, self.size)?;
         let _shared = store.lock_shared()?;
         let linked = lease.link(&self.path, &file.path)?;
         // Only what was hashed may get the name, whatever lies at the part's path by now.

@@ -89,4 +89,82 @@ fn a_blob_of_another_length_is_not_here() {
         .expect_err("published a short blob");
 
     assert!(matches!(error, StoreError::SetAside(_)), "{error}");
+    let id = publish(&store, "m", &[("a", b"good bytes")]);
+    let tree = store.snapshot(&id).unwrap().unwrap().path;
+    assert_eq!(fs::read(tree.join("a")).unwrap(), b"good bytes");
+    assert_eq!(names(&store.root().join("damaged")).len(), 1);
+}
+
+#[test]
+fn a_verification_that_stops_keeps_what_it_set_aside() {
+    let (_dir, store) = store();
+    let id = publish(&store, "m", &[("a", b"1"), ("b", b"2")]);
+    for bytes in [b"1", b"2"] {
+        damage(&store.blob_path(Digest::of(bytes)), b"x");
+    }
+    let mut blobs = 0;
+
+    let verified = store.verify(None, &mut |_| {
+        blobs += 1;
+        if blobs == 2 {
+            return ControlFlow::Break(());
+        }
+        ControlFlow::Continue(())
+    });
+
+    assert_eq!(verified.unwrap().damaged.len(), 1);
+    assert_eq!(names(&store.root().join("damaged")).len(), 1);
+    assert!(store.snapshot(&id).unwrap().is_none());
+}
+
+#[test]
+fn a_file_that_was_replaced_as_it_was_hashed_is_not_set_aside() {
+    let (_dir, store) = store();
+    let id = publish(&store, "m", &[("a", b"good")]);
+    let blob = store.blob_path(Digest::of(b"good"));
+    damage(&blob, b"bad!");
+
+    let verified = store.verify(None, &mut |_| {
+        let fresh = blob.with_extension("fresh");
+        fs::write(&fresh, b"good").unwrap();
+        fs::rename(&fresh, &blob).unwrap();
+        ControlFlow::Continue(())
+    });
+
+    assert!(verified.unwrap().damaged.is_empty());
+    assert_eq!(fs::read(&blob).unwrap(), b"good");
+    assert!(store.snapshot(&id).unwrap().is_some());
+}
+
+#[test]
+fn a_snapshot_that_is_evicted_under_a_verification_is_no_damage() {
+    let (_dir, store) = store();
+    let id = publish(&store, "m", &[("a", b"1")]);
+    damage(&store.blob_path(Digest::of(b"1")), b"x");
+
+    let verified = store
+        .verify(None, &mut |_| {
+            store.remove(&id).unwrap();
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+
+    assert!(verified.damaged.is_empty(), "{:?}", verified.damaged);
+}
+
+#[test]
+fn what_cannot_be_read_is_neither_sound_nor_damaged() {
+    let (_dir, store) = store();
+    let blob = store.blob_path(Digest::of(b"a"));
+    fs::create_dir_all(&blob).unwrap();
+
+    let error = store
+        .verify(None, &mut |_| ControlFlow::Continue(()))
+        .expect_err("all is well");
+
+    assert!(
+        matches!(error, StoreError::Io { op: "read", .. }),
+        "{error}"
+    );
+    assert!(blob.exists());
 }
