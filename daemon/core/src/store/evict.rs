@@ -423,7 +423,7 @@ impl Store {
         Ok(())
     }
 
-    /// Deletes snapshots that were withdrawn, unless somebody holds them.
+    /// Deletes snapshots that were withdrawn, or lost their manifest, unless somebody holds them.
     fn sweep_withdrawn(&self) -> Result<u64, StoreError> {
         let mut swept = 0;
         for entry in entries(&self.root.join("snapshots"))? {
@@ -435,8 +435,10 @@ impl Store {
             else {
                 continue;
             };
-            let withdrawn = !dir.join("manifest.json").exists();
-            if withdrawn && self.holders(&id)?.is_empty() && lock_dir(&dir)?.is_some() {
+            if self.published(&id)?.is_none()
+                && self.holders(&id)?.is_empty()
+                && lock_dir(&dir)?.is_some()
+            {
                 self.evict(&id)?;
                 swept += 1;
             }

@@ -76,7 +76,7 @@ impl Store {
     pub fn pin(&self, id: &SnapshotId, holder: &Holder) -> Result<(), StoreError> {
         // With the lock held nobody evicts between the look and the pin.
         let _shared = self.lock_shared()?;
-        if !self.snapshot_dir(id).join("manifest.json").exists() {
+        if self.published(id)?.is_none() {
             return Err(StoreError::Missing(id.to_string()));
         }
         self.write_pin(id, holder)

@@ -73,7 +73,7 @@ impl Store {
     pub fn lease_snapshot(&self, id: &SnapshotId) -> Result<Option<SnapshotLease>, StoreError> {
         let dir = self.snapshot_dir(id);
         let _shared = self.lock_shared()?;
-        if !dir.join("manifest.json").exists() {
+        if self.published(id)?.is_none() {
             return Ok(None);
         }
         let file = File::open(&dir).at("open", &dir)?;
@@ -108,14 +108,13 @@ impl Store {
     ///
     /// [`StoreError::Io`].
     pub fn snapshot(&self, id: &SnapshotId) -> Result<Option<Snapshot>, StoreError> {
-        let dir = self.snapshot_dir(id);
-        let Some((manifest, last_used)) = read_manifest(&dir.join("manifest.json"))? else {
+        let Some((manifest, last_used)) = self.published(id)? else {
             return Ok(None);
         };
         let pinned_by = self.holders(id)?;
         Ok(Some(Snapshot {
             manifest,
-            path: dir.join("tree"),
+            path: self.snapshot_dir(id).join("tree"),
             last_used,
             pinned_by,
         }))
@@ -167,6 +166,13 @@ impl Store {
         touched.at("touch", &manifest)?;
         self.write_ref(asked, revision, id)?;
         self.write_ref(&asked.at(revision), revision, id)
+    }
+
+    /// The manifest of a snapshot, and when it was last used. `None` unless the snapshot is here whole:
+    /// one whose manifest is damaged is as good as withdrawn, so that the next fetch mends it.
+    pub(super) fn published(&self, id: &SnapshotId) -> Result<Option<(Manifest, i64)>, StoreError> {
+        let found = read_manifest(&self.snapshot_dir(id).join("manifest.json"))?;
+        Ok(found.filter(|(manifest, _)| manifest.snapshot == *id))
     }
 
     pub(super) fn snapshot_dir(&self, id: &SnapshotId) -> PathBuf {
@@ -279,7 +285,7 @@ impl Lease {
                 ) => {}
             Err(error) => return Err(error).at("rename into", &to),
         }
-        if !to.join("manifest.json").exists() {
+        if self.store.published(&manifest.snapshot)?.is_none() {
             self.repair(&to, manifest, &json)?;
             self.store.complete_volumes(&manifest.snapshot)?;
         }

@@ -168,3 +168,36 @@ fn what_cannot_be_read_is_neither_sound_nor_damaged() {
     );
     assert!(blob.exists());
 }
+
+#[test]
+fn a_damaged_manifest_is_mended_by_the_next_fetch() {
+    let (_dir, store) = store();
+    let other = publish(&store, "other", &[("a", b"abc")]);
+    let id = publish(&store, "m", &[("a", b"abc")]);
+    let manifest = |id| store.snapshot_dir(id).join("manifest.json");
+    for bytes in [b"{}".to_vec(), fs::read(manifest(&other)).unwrap()] {
+        fs::write(manifest(&id), bytes).unwrap();
+        assert!(store.lease_snapshot(&id).unwrap().is_none());
+        let holder = Holder::operator("x").unwrap();
+        let error = store.pin(&id, &holder).expect_err("pinned it");
+        assert!(matches!(error, StoreError::Missing(_)), "{error}");
+
+        publish(&store, "m", &[("a", b"abc")]);
+
+        let snapshot = store.snapshot(&id).unwrap().unwrap();
+        assert_eq!(snapshot.manifest.snapshot, id);
+    }
+}
+
+#[test]
+fn a_snapshot_with_a_damaged_manifest_is_collected_unless_it_is_held() {
+    let (_dir, store) = store();
+    let id = publish(&store, "m", &[("a", b"abc")]);
+    let holder = Holder::operator("x").unwrap();
+    store.pin(&id, &holder).unwrap();
+    fs::write(store.snapshot_dir(&id).join("manifest.json"), "{}").unwrap();
+
+    assert_eq!(store.collect(Partial::Stale).unwrap().trees, 0);
+    store.unpin(&id, &holder).unwrap();
+    assert_eq!(store.collect(Partial::Stale).unwrap().trees, 1);
+}
