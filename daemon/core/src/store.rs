@@ -4,6 +4,7 @@
 //! <root>/
 //!   FORMAT                            "weightd store 1"
 //!   lock                              shared by who links and pins, alone by who removes
+//!   reserve.lock                      held by who counts on free space, until it is set aside
 //!   blobs/sha256/<aa>/<64 hex>        immutable, 0444
 //!   staging/<64 hex>.part, .journal   bytes in flight, and which of them are on disk
 //!   staging/<uuid>.tree/              a snapshot in the making, locked by its maker
@@ -238,8 +239,17 @@ impl Store {
         self.lock(FlockArg::LockExclusive)
     }
 
+    /// Keeps others from counting on the same free space. It is taken before the store's lock.
+    fn lock_reserve(&self) -> Result<claim::Held, StoreError> {
+        self.lock_file("reserve.lock", FlockArg::LockExclusive)
+    }
+
     fn lock(&self, how: FlockArg) -> Result<claim::Held, StoreError> {
-        let path = self.root.join("lock");
+        self.lock_file("lock", how)
+    }
+
+    fn lock_file(&self, name: &str, how: FlockArg) -> Result<claim::Held, StoreError> {
+        let path = self.root.join(name);
         open_lock(&path)
             .and_then(|file| claim::wait(file, how))
             .at("lock", &path)

@@ -219,11 +219,11 @@ impl Fetcher {
         let missing = missing.to_vec();
         let room = job
             .on_store(&self.shared.store, move |store| {
-                let needed = missing.iter().map(|file| {
-                    file.size
-                        .saturating_sub(store.staged_bytes(&StageKey::of(file)))
-                });
-                store.reserve(needed.sum())
+                let needed = |file: &Arc<RemoteFile>| {
+                    let staged = store.staged_bytes(&StageKey::of(file));
+                    file.size.saturating_sub(staged)
+                };
+                store.reserve(|| missing.iter().map(needed).sum())
             })
             .await?;
         if !room.evicted.is_empty() {

@@ -162,12 +162,15 @@ impl Store {
         let mut bytes = 0;
         for entry in entries(&self.staging())? {
             let path = entry.path();
-            if path
-                .extension()
-                .is_some_and(|ending| ending == "part" || ending == "room")
-            {
-                bytes += look(&path)?.map_or(0, |metadata| metadata.blocks() * 512);
-            }
+            let Some(metadata) = look(&path)? else {
+                continue;
+            };
+            bytes += match path.extension().and_then(|ending| ending.to_str()) {
+                Some("part") => metadata.blocks() * 512,
+                // Not every file system gives it blocks.
+                Some("room") => metadata.len(),
+                _ => 0,
+            };
         }
         Ok(bytes)
     }
@@ -178,6 +181,15 @@ impl Store {
     ///
     /// [`StoreError::Io`].
     pub fn plan_room(&self, needed: u64) -> Result<RoomPlan, StoreError> {
+        // To see whether a snapshot is held is to lock it for a moment. Another plan, or a removal, must
+        // not take that for a lease.
+        let _reserve = self.lock_reserve()?;
+        let _shared = self.lock_shared()?;
+        self.plan(needed)
+    }
+
+    /// The caller holds the lock for reservations and the store's.
+    fn plan(&self, needed: u64) -> Result<RoomPlan, StoreError> {
         let space = self.file_system()?;
         let used = space.capacity - space.free;
         let mut blobs = self.blobs()?;
@@ -209,7 +221,8 @@ impl Store {
                 let Some(blob) = blobs.get_mut(&inode) else {
                     continue;
                 };
-                blob.links -= 1;
+                // A manifest may name a file of the tree that is no link of its own.
+                blob.links = blob.links.saturating_sub(1);
                 if blob.links == 1 {
                     plan.freed += blob.bytes;
                 }
@@ -234,16 +247,22 @@ impl Store {
         Ok(free)
     }
 
-    /// Sets `needed` bytes of disk space aside, and evicts what has to go for that. If they cannot be
-    /// had, nothing is evicted.
+    /// Sets disk space aside, and evicts what has to go for that. If it cannot be had, nothing is
+    /// evicted. How many bytes are `needed` is asked once stale partial downloads are gone.
     ///
     /// # Errors
     ///
     /// [`StoreError::NoSpace`], else [`StoreError::Io`].
-    pub fn reserve(&self, needed: u64) -> Result<Room, StoreError> {
+    pub fn reserve(&self, needed: impl FnOnce() -> u64) -> Result<Room, StoreError> {
+        // Until the room has its blocks: else the next to ask would count on the same bytes.
+        let _reserve = self.lock_reserve()?;
         let alone = self.lock_alone()?;
         self.sweep_staging(Partial::Stale)?;
-        let plan = self.plan_room(needed)?;
+        let needed = needed();
+        let mut plan = self.plan(needed)?;
+        if plan.short > 0 && self.sweep_withdrawn()? > 0 {
+            plan = self.plan(needed)?;
+        }
         if plan.short > 0 {
             let available = needed - plan.short;
             return Err(StoreError::NoSpace {

@@ -17,6 +17,7 @@ use crate::source::RemoteFile;
 
 mod damage;
 mod sealing;
+mod space;
 
 fn store() -> (tempfile::TempDir, Arc<Store>) {
     let dir = tempfile::tempdir().unwrap();
@@ -294,7 +295,7 @@ fn a_dead_process_leaves_nothing_that_collect_does_not_find() {
     let lease = store.lease().unwrap();
     seal(&store, &lease, "a", b"sealed");
     drop(mine(&store, &remote("b", b"partial")));
-    let room = store.reserve(1 << 20).unwrap();
+    let room = store.reserve(|| 1 << 20).unwrap();
     // As after kill -9: the locks are gone, no destructor ran.
     let left = [lease.tree().parent().unwrap().to_owned()];
     let kept = tempfile::tempdir_in(store.root()).unwrap();
@@ -334,39 +335,6 @@ fn a_record_that_a_dead_process_left_half_written_is_no_fetch_and_is_collected()
     store.collect(Partial::Stale).unwrap();
     assert!(fetches.join(name).exists());
     assert!(!half.exists());
-}
-
-#[test]
-fn the_least_recently_used_goes_first_and_pins_stay() {
-    let (_dir, store) = store();
-    let limits = StoreLimits {
-        max_bytes: Some(10_000),
-        ..StoreLimits::default()
-    };
-    let store = Store::open(store.root(), limits).unwrap();
-    let ids: Vec<SnapshotId> = (0..3_u8)
-        .map(|n| {
-            let bytes = vec![n; 3000];
-            let id = publish(&store, &format!("m{n}"), &[("a", &bytes)]);
-            used_at(&store, &id, 1000 + u64::from(n));
-            id
-        })
-        .collect();
-    store
-        .pin(&ids[0], &Holder::operator("keep").unwrap())
-        .unwrap();
-
-    let room = store.reserve(3000).unwrap();
-
-    assert_eq!(room.evicted, [ids[1].clone()]);
-    assert!(store.snapshot(&ids[0]).unwrap().is_some());
-    assert!(!store.has(Digest::of(&[1; 3000])));
-    let error = store.reserve(9000).expect_err("evicted a pinned snapshot");
-    assert!(matches!(error, StoreError::NoSpace { .. }), "{error}");
-    assert!(
-        store.snapshot(&ids[2]).unwrap().is_some(),
-        "evicted although it was no use"
-    );
 }
 
 #[test]
@@ -456,19 +424,6 @@ fn a_directory_that_is_no_store_is_refused() {
     );
     fs::write(newer.join("FORMAT"), "something else\n").unwrap();
     assert!(matches!(open(&newer), Err(StoreError::NotAStore { .. })));
-}
-
-#[test]
-fn what_does_not_fit_is_refused_before_its_first_byte() {
-    let (_dir, store) = store();
-    let error = store.reserve(1 << 60).expect_err("reserved an exbibyte");
-    assert!(matches!(error, StoreError::NoSpace { .. }), "{error}");
-    assert!(error.hint().is_some());
-    assert!(
-        names(&store.staging()).is_empty(),
-        "{:?}",
-        names(&store.staging())
-    );
 }
 
 #[test]
