@@ -28,7 +28,10 @@ mod ranges;
 /// Bytes that are hashed at a time: they stay in a core's second-level cache.
 const HASH_BYTES: usize = 256 << 10;
 
-/// Names bytes that are in flight, before or without a digest: 64 hex digits.
+/// Digits of a key that is a digest. A random one has fewer.
+const DIGEST_DIGITS: usize = 64;
+
+/// Names bytes that are in flight, before or without a digest.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct StageKey(String);
 
@@ -43,6 +46,12 @@ impl StageKey {
             (None, None) => Self(uuid::Uuid::new_v4().simple().to_string()),
         }
     }
+}
+
+/// Whether a key ever names the bytes of this part again.
+pub(super) fn can_resume(part: &Path) -> bool {
+    part.file_stem()
+        .is_some_and(|key| key.len() == DIGEST_DIGITS)
 }
 
 impl fmt::Display for StageKey {
@@ -246,9 +255,13 @@ impl Store {
 
     fn allocate(&self, file: &File, path: &Path, size: u64) -> Result<(), StoreError> {
         file.set_len(0).at("empty", path)?;
-        match preallocate(file, size) {
-            Ok(()) => Ok(()),
-            Err(error) if super::is_full(&error) => {
+        let Err(error) = preallocate(file, size) else {
+            return Ok(());
+        };
+        // What was had of the space would else stay taken until the part is stale.
+        let _ = file.set_len(0);
+        match error {
+            error if super::is_full(&error) => {
                 let available = self.file_system()?.free;
                 Err(StoreError::NoSpace {
                     root: self.root.clone(),
@@ -256,7 +269,7 @@ impl Store {
                     available,
                 })
             }
-            Err(error) => Err(error).at("allocate", path),
+            error => Err(error).at("allocate", path),
         }
     }
 }
@@ -299,7 +312,7 @@ impl Drop for Claim {
     fn drop(&mut self) {
         // An empty file helps nobody. The name is ours to remove only while it names our file.
         if let Some(file) = &self.file
-            && file.metadata().is_ok_and(|metadata| metadata.len() == 0)
+            && (!can_resume(&self.path) || file.metadata().is_ok_and(|found| found.len() == 0))
             && claim::still_at(file, &self.path).unwrap_or(false)
         {
             let _ = fs::remove_file(&self.path);
@@ -597,6 +610,15 @@ impl Part {
         let journal = self.journal.lock().expect("no holder of this lock panics");
         journal.remove().at("remove the journal of", &self.path)?;
         remove_if_there(&self.path)
+    }
+}
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        // Nobody finds it again; if it was sealed it is gone already.
+        if !can_resume(&self.path) {
+            let _ = self.remove_files();
+        }
     }
 }
 

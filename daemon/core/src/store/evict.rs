@@ -431,7 +431,8 @@ impl Store {
         };
         // A blob that kept this name as its process died: without it, eviction frees the bytes.
         let sealed = self.is_sealed(&metadata)?;
-        if !sealed && partial == Partial::Stale && !self.is_stale(path)? {
+        let garbage = sealed || partial == Partial::All || !blob::can_resume(path);
+        if !garbage && !self.is_stale(path)? {
             return Ok(());
         }
         let bytes = remove_unlocked(path, metadata.blocks() * 512)?;

@@ -137,3 +137,26 @@ fn a_blob_that_kept_its_name_as_a_part_is_collected_as_one() {
     );
     assert_eq!(names(&store.staging()), [""; 0]);
 }
+
+#[test]
+fn bytes_that_nobody_can_go_on_with_go_with_their_owner() {
+    let (_dir, store) = store();
+    let nameless = RemoteFile {
+        claims: Claims::default(),
+        ..remote("a", b"0123456789")
+    };
+    let part = mine(&store, &nameless);
+    part.write(0, &[Bytes::from_static(b"01234")]).unwrap();
+    let Claimed::Mine(claim) = store.claim(&StageKey::of(&nameless)).unwrap() else {
+        panic!("a random key is claimed twice");
+    };
+
+    drop((part, claim));
+
+    assert_eq!(names(&store.staging()), [""; 0]);
+    let left = store
+        .staging()
+        .join("5f0c7e1d2a3b4c5d6e7f8091a2b3c4d5.part");
+    fs::write(&left, "of a dead process").unwrap();
+    assert_eq!(store.collect(Partial::Stale).unwrap().partial, 1);
+}
