@@ -9,7 +9,7 @@ use std::sync::Mutex;
 use std::time::SystemTime;
 
 use super::snapshot::Snapshot;
-use super::{At, Store, StoreError, blob, claim, entries, sync_parent};
+use super::{At, Store, StoreError, blob, claim, entries, sync_parent, verify};
 use crate::fault;
 use crate::model::SnapshotId;
 
@@ -388,14 +388,30 @@ impl Store {
         self.drop_stale_known()?;
         drop(alone);
         delete_all(&garbage)?;
+        collected.bytes += self.sweep_damaged(partial)?;
+        Ok(collected)
+    }
+
+    /// Deletes what was set aside long ago. Returns bytes freed.
+    fn sweep_damaged(&self, partial: Partial) -> Result<u64, StoreError> {
+        let mut bytes = 0;
         for entry in entries(&self.root.join("damaged"))? {
             let path = entry.path();
-            if partial == Partial::All || self.is_stale(&path)? {
-                collected.bytes += look(&path)?.map_or(0, |metadata| metadata.len());
-                fs::remove_file(&path).at("delete", &path)?;
+            // With another name it is still in a tree: this one tells `finish_set_aside` so.
+            let Some(metadata) = look(&path)?.filter(|found| found.nlink() == 1) else {
+                continue;
+            };
+            // Not by the file's own time, which is when it was downloaded.
+            let stale = match verify::set_aside_at(&path) {
+                Some(time) => self.is_long_ago(time),
+                None => self.is_stale(&path)?,
+            };
+            if partial == Partial::All || stale {
+                remove_if_there(&path)?;
+                bytes += metadata.len();
             }
         }
-        Ok(collected)
+        Ok(bytes)
     }
 
     /// Deletes what killed processes left in `staging`, and partial downloads.
@@ -470,11 +486,12 @@ impl Store {
         let Some(metadata) = look(path)? else {
             return Ok(false);
         };
-        let modified = metadata.modified().at("look at", path)?;
-        let age = SystemTime::now()
-            .duration_since(modified)
-            .unwrap_or_default();
-        Ok(age > self.limits.keep_partial)
+        Ok(self.is_long_ago(metadata.modified().at("look at", path)?))
+    }
+
+    fn is_long_ago(&self, time: SystemTime) -> bool {
+        let age = SystemTime::now().duration_since(time).unwrap_or_default();
+        age > self.limits.keep_partial
     }
 }
 

@@ -151,7 +151,9 @@ impl Store {
         for kind in ["csi", "operator"] {
             for entry in entries(&self.root.join("pins").join(kind))? {
                 let name = format!("{kind}/{}", entry.file_name().to_string_lossy());
-                if entry.path().join(id.as_str()).exists() {
+                let pin = entry.path().join(id.as_str());
+                // An error must not read as unpinned.
+                if pin.try_exists().at("look at", &pin)? {
                     holders.extend(name.parse::<Holder>());
                 }
             }

@@ -6,6 +6,7 @@ use std::io::{self, Read};
 use std::ops::ControlFlow;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use nix::errno::Errno;
 
@@ -323,6 +324,13 @@ struct Hashed {
     id: (u64, u64),
     /// `None` if the disk does not give its bytes.
     got: Option<Digest>,
+}
+
+/// When a file in `damaged/` was set aside, by the stamp in its name.
+pub(super) fn set_aside_at(path: &Path) -> Option<SystemTime> {
+    let (_, stamp) = path.file_name()?.to_str()?.split_once('-')?;
+    let nanoseconds = Duration::from_nanos(stamp.parse().ok()?);
+    SystemTime::UNIX_EPOCH.checked_add(nanoseconds)
 }
 
 fn id_of(file: &Metadata) -> (u64, u64) {

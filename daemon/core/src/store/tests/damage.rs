@@ -201,3 +201,36 @@ fn a_snapshot_with_a_damaged_manifest_is_collected_unless_it_is_held() {
     store.unpin(&id, &holder).unwrap();
     assert_eq!(store.collect(Partial::Stale).unwrap().trees, 1);
 }
+
+#[test]
+fn what_was_set_aside_is_kept_as_long_as_a_partial_download() {
+    let (_dir, store) = store();
+    let lease = store.lease().unwrap();
+    let blob = store.blob_path(seal(&store, &lease, "a", b"good").sha256);
+    damage(&blob, b"bad!");
+    let long_ago = std::time::UNIX_EPOCH + Duration::from_secs(1000);
+    File::open(&blob).unwrap().set_modified(long_ago).unwrap();
+    let aside = verify(&store).damaged.remove(0).set_aside.unwrap();
+
+    store.collect(Partial::All).unwrap();
+    assert!(aside.exists(), "a lease has it still");
+    drop(lease);
+    store.collect(Partial::Stale).unwrap();
+    assert!(aside.exists(), "it was set aside just now");
+    let old = aside.with_file_name(format!("{}-1000", Digest::of(b"good")));
+    fs::rename(&aside, &old).unwrap();
+    assert_eq!(store.collect(Partial::Stale).unwrap().bytes, 4);
+    assert_eq!(names(&store.root().join("damaged")), [""; 0]);
+}
+
+#[test]
+fn a_pin_that_cannot_be_looked_at_is_not_taken_for_none() {
+    let (_dir, store) = store();
+    let id = publish(&store, "m", &[("a", b"abc")]);
+    fs::create_dir_all(store.root().join("pins/operator")).unwrap();
+    // Whatever lies behind it cannot be looked at.
+    std::os::unix::fs::symlink("x", store.root().join("pins/operator/x")).unwrap();
+
+    assert!(store.remove(&id).is_err());
+    assert!(store.root().join("snapshots").join(id.as_str()).exists());
+}
