@@ -141,12 +141,20 @@ impl Store {
         if let Some(snapshot) = self.snapshot(&SnapshotId::new(model, &revision, patterns))? {
             return Ok(Some(snapshot));
         }
-        match reference {
-            Some(reference) if *patterns == Patterns::default() => {
-                self.snapshot(&reference.snapshot)
-            }
-            _ => Ok(None),
+        if *patterns != Patterns::default() {
+            return Ok(None);
         }
+        if let Some(reference) = reference
+            && let Some(snapshot) = self.snapshot(&reference.snapshot)?
+        {
+            return Ok(Some(snapshot));
+        }
+        let model = model.at(&revision);
+        let of_it = self
+            .snapshots()?
+            .into_iter()
+            .filter(|snapshot| snapshot.manifest.model == model);
+        Ok(of_it.max_by_key(|snapshot| snapshot.last_used))
     }
 
     /// Remembers what a model's name resolved to, and marks the snapshot as used now.

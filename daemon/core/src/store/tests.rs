@@ -398,6 +398,33 @@ fn a_name_finds_the_snapshot_it_stood_for() {
 }
 
 #[test]
+fn a_name_is_remembered_while_any_snapshot_of_its_revision_is_here() {
+    let (_dir, store) = store();
+    let gguf = Patterns::new(vec!["*.gguf".into()], Vec::new()).unwrap();
+    let find = || {
+        let found = store.find(&"hf://org/m".parse().unwrap(), &Patterns::default());
+        found.unwrap().map(|snapshot| snapshot.manifest.snapshot)
+    };
+    for first_goes in [false, true] {
+        let whole = publish(&store, "m", &[("a", b"abc")]);
+        let part = publish_as(&store, "m", gguf.clone(), &[("b.gguf", b"def")]);
+        let (gone, left) = if first_goes {
+            (whole, part)
+        } else {
+            (part, whole)
+        };
+
+        store.remove(&gone).unwrap();
+        store.collect(Partial::Stale).unwrap();
+
+        assert_eq!(find(), Some(left.clone()));
+        store.remove(&left).unwrap();
+        assert_eq!(find(), None);
+        assert_eq!(names(&store.root().join("refs/hf")), [""; 0]);
+    }
+}
+
+#[test]
 fn a_directory_that_is_no_store_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("thesis.tex"), "x").unwrap();
