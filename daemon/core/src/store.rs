@@ -289,14 +289,15 @@ fn write_atomically(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(format!(".{}", uuid::Uuid::new_v4()));
     let temporary = path.with_file_name(name);
-    let mut file = File::create(&temporary)?;
-    file.write_all(bytes)?;
-    file.sync_data()?;
-    let renamed = fs::rename(&temporary, path);
-    if renamed.is_err() {
+    let written = File::create(&temporary).and_then(|mut file| {
+        file.write_all(bytes)?;
+        file.sync_data()?;
+        fs::rename(&temporary, path)
+    });
+    if let Err(error) = written {
         let _ = fs::remove_file(&temporary);
+        return Err(error);
     }
-    renamed?;
     sync_parent(path)
 }
 

@@ -11,7 +11,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use bytes::Bytes;
-use nix::fcntl::FallocateFlags;
+use nix::fcntl::{FallocateFlags, OFlag};
 
 use self::journal::{Journal, Record, checksum};
 use self::ranges::Ranges;
@@ -172,6 +172,8 @@ impl Store {
                 .write(true)
                 .create(true)
                 .truncate(false)
+                // What a symlink leads to is not ours to write to.
+                .custom_flags(OFlag::O_NOFOLLOW.bits())
                 .mode(0o600);
             let file = match options.open(path) {
                 // Its owner is about to seal it, or died there. Another denial is the folder's own.

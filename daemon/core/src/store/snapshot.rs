@@ -276,7 +276,7 @@ impl Lease {
         sync_tree(&self.dir.join("tree"))?;
         fault::point("publish.synced");
         let to = self.store.snapshot_dir(&manifest.snapshot);
-        let shared = self.store.lock_shared()?;
+        let _shared = self.store.lock_shared()?;
         self.check_blobs(manifest)?;
         match fs::rename(&self.dir, &to) {
             Ok(()) => {
@@ -297,7 +297,7 @@ impl Lease {
             self.repair(&to, manifest, &json)?;
             self.store.complete_volumes(&manifest.snapshot)?;
         }
-        drop(shared);
+        // With the lock still held: nobody evicts it before it is leased.
         let lease = self.store.lease_snapshot(&manifest.snapshot)?;
         lease.ok_or_else(|| StoreError::Missing(manifest.model.to_string()))
     }

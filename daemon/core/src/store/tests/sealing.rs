@@ -160,3 +160,17 @@ fn bytes_that_nobody_can_go_on_with_go_with_their_owner() {
     fs::write(&left, "of a dead process").unwrap();
     assert_eq!(store.collect(Partial::Stale).unwrap().partial, 1);
 }
+
+#[test]
+fn a_part_that_is_a_symlink_is_not_followed() {
+    let (dir, store) = store();
+    let elsewhere = dir.path().join("thesis.tex");
+    fs::write(&elsewhere, "years of work").unwrap();
+    let file = remote("a", b"0123456789");
+    std::os::unix::fs::symlink(&elsewhere, part_path(&store, &file)).unwrap();
+
+    let claimed = store.claim(&StageKey::of(&file));
+
+    assert!(matches!(claimed, Err(StoreError::Io { .. })));
+    assert_eq!(fs::read(&elsewhere).unwrap(), b"years of work");
+}
