@@ -11,7 +11,7 @@
 //!              ├ Store::reserve   disk space for the rest; evict; NoSpace says what is short
 //!              ├ one file         claim the bytes, or follow whoever has them
 //!              │  └ parts          ranges in parallel → blocks → write, journal; one hasher follows
-//!              │     └ Part::seal   sync, link into the lease, rename to its digest
+//!              │     └ Part::seal   sync, link into the lease, then to its digest
 //!              ├ check            safetensors headers and their index
 //!              └ Lease::publish   sync, rename
 //! ```

@@ -4,10 +4,12 @@
 use std::fmt;
 use std::str::FromStr;
 
-use globset::{Glob, GlobSet, GlobSetBuilder};
+use globset::GlobSet;
 use serde::{Deserialize, Serialize};
 
 use crate::digest::Digest;
+
+mod globs;
 
 /// The kind of place a model comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -335,11 +337,11 @@ const DEFAULT_EXCLUDE: &[&str] = &[
 
 /// Which files of a model are wanted. Globs as the Hub's clients read them: `*` also matches `/`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(try_from = "globs::Unchecked")]
 pub struct Patterns {
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     include: Vec<String>,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     exclude: Vec<String>,
 }
 
@@ -358,25 +360,9 @@ impl Patterns {
     ///
     /// [`PatternError`] for a text that is not a glob.
     pub fn new(include: Vec<String>, exclude: Vec<String>) -> Result<Self, PatternError> {
-        let tidy = |mut globs: Vec<String>| -> Result<Vec<String>, PatternError> {
-            globs.sort();
-            globs.dedup();
-            for glob in &globs {
-                let reason = match Glob::new(glob) {
-                    Ok(_) if !glob.is_empty() => continue,
-                    Ok(_) => "it is empty".to_owned(),
-                    Err(error) => error.kind().to_string(),
-                };
-                return Err(PatternError {
-                    glob: glob.clone(),
-                    reason,
-                });
-            }
-            Ok(globs)
-        };
         Ok(Self {
-            include: tidy(include)?,
-            exclude: tidy(exclude)?,
+            include: globs::checked(include)?,
+            exclude: globs::checked(exclude)?,
         })
     }
 
@@ -417,19 +403,11 @@ impl Patterns {
             self.include.clone()
         };
         Selector {
-            include: glob_set(&include),
-            left_out: glob_set(&left_out),
-            exclude: glob_set(&self.exclude),
+            include: globs::built(&include),
+            left_out: globs::built(&left_out),
+            exclude: globs::built(&self.exclude),
         }
     }
-}
-
-fn glob_set(globs: &[String]) -> GlobSet {
-    let mut builder = GlobSetBuilder::new();
-    for glob in globs {
-        builder.add(Glob::new(glob).expect("Patterns::new checked it"));
-    }
-    builder.build().expect("each glob parses")
 }
 
 /// [`Patterns`], compiled.

@@ -4,6 +4,7 @@
 //! <root>/
 //!   FORMAT                            "weightd store 1"
 //!   lock                              shared by who links and pins, alone by who removes
+//!   reserve.lock                      held by who counts on free space, until it is set aside
 //!   blobs/sha256/<aa>/<64 hex>        immutable, 0444
 //!   staging/<64 hex>.part, .journal   bytes in flight, and which of them are on disk
 //!   staging/<uuid>.tree/              a snapshot in the making, locked by its maker
@@ -20,8 +21,8 @@
 //!
 //! Rules:
 //!
-//! 1. A blob or snapshot appears by one `rename`, after its bytes were synced; the directory is synced
-//!    after. Nothing under `blobs/` was ever seen with other bytes than its name says.
+//! 1. A blob appears by one link, a snapshot by one `rename`, after its bytes were synced; the
+//!    directory is synced after. Nothing under `blobs/` was ever seen with other bytes than its name says.
 //! 2. Lease first, look second. A lease is a snapshot in the making: a directory of hard links,
 //!    locked by its maker. A blob is linked there *before* it gets its name, so at no moment does it
 //!    look unused; who removes holds `lock` alone, who links holds it shared.
@@ -44,6 +45,7 @@ use nix::fcntl::FlockArg;
 
 use crate::digest::Digest;
 use crate::fault;
+use crate::model::RelPath;
 
 mod blob;
 mod claim;
@@ -237,8 +239,17 @@ impl Store {
         self.lock(FlockArg::LockExclusive)
     }
 
+    /// Keeps others from counting on the same free space. It is taken before the store's lock.
+    fn lock_reserve(&self) -> Result<claim::Held, StoreError> {
+        self.lock_file("reserve.lock", FlockArg::LockExclusive)
+    }
+
     fn lock(&self, how: FlockArg) -> Result<claim::Held, StoreError> {
-        let path = self.root.join("lock");
+        self.lock_file("lock", how)
+    }
+
+    fn lock_file(&self, name: &str, how: FlockArg) -> Result<claim::Held, StoreError> {
+        let path = self.root.join(name);
         open_lock(&path)
             .and_then(|file| claim::wait(file, how))
             .at("lock", &path)
@@ -278,14 +289,15 @@ fn write_atomically(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(format!(".{}", uuid::Uuid::new_v4()));
     let temporary = path.with_file_name(name);
-    let mut file = File::create(&temporary)?;
-    file.write_all(bytes)?;
-    file.sync_data()?;
-    let renamed = fs::rename(&temporary, path);
-    if renamed.is_err() {
+    let written = File::create(&temporary).and_then(|mut file| {
+        file.write_all(bytes)?;
+        file.sync_data()?;
+        fs::rename(&temporary, path)
+    });
+    if let Err(error) = written {
         let _ = fs::remove_file(&temporary);
+        return Err(error);
     }
-    renamed?;
     sync_parent(path)
 }
 
@@ -330,6 +342,9 @@ pub enum StoreError {
     /// There is no such snapshot.
     #[error("{0} is not in the store")]
     Missing(String),
+    /// A blob went bad, and was set aside, after a snapshot in the making had linked it.
+    #[error("`{0}` was set aside as damaged before the snapshot was published")]
+    SetAside(RelPath),
     /// The directory holds something else.
     #[error("{} is not a weightd store, and not empty", path.display())]
     NotAStore {
@@ -396,6 +411,7 @@ impl StoreError {
             Self::Missing(_) => {
                 "`weightctl ls` lists what is here, `weightctl prefetch MODEL` fetches".to_owned()
             }
+            Self::SetAside(_) => "run it again: it fetches that file anew".to_owned(),
             Self::NotAStore { .. } => "choose an empty or a new directory with --root".to_owned(),
             Self::NewerFormat { .. } => {
                 "use the version of weightd that wrote it, or another --root".to_owned()

@@ -73,6 +73,7 @@ fn store_code(error: &StoreError) -> Code {
         StoreError::NoSpace { .. } => Code::ResourceExhausted,
         StoreError::Missing(_) => Code::NotFound,
         StoreError::Held { .. } => Code::FailedPrecondition,
+        StoreError::SetAside(_) => Code::Aborted,
         StoreError::NotAStore { .. }
         | StoreError::NewerFormat { .. }
         | StoreError::ReadOnly { .. }
@@ -83,6 +84,8 @@ fn store_code(error: &StoreError) -> Code {
 
 #[cfg(test)]
 mod tests {
+    use weightd_core::model::RelPath;
+
     use super::*;
 
     #[test]
@@ -122,5 +125,7 @@ mod tests {
             available: 1,
         };
         assert_eq!(of_store(&full).code(), Code::ResourceExhausted);
+        let aside = StoreError::SetAside(RelPath::new("a").unwrap());
+        assert_eq!(of_store(&aside).code(), Code::Aborted);
     }
 }

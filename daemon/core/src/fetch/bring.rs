@@ -18,7 +18,8 @@ use crate::manifest::{FileEntry, Manifest};
 use crate::model::{Patterns, Revision, SnapshotId};
 use crate::source::{LeftOut, Listing, RemoteFile, Source, SourceError};
 use crate::store::{
-    Claimed, HashError, Lease, Room, SnapshotLease, StageKey, Store, StoreError, Watch,
+    Claimed, FetchRecord, HashError, Lease, Room, Snapshot, SnapshotLease, StageKey, Store,
+    StoreError, Watch,
 };
 
 /// How often we look whether somebody else is done with the same bytes.
@@ -36,10 +37,8 @@ impl Fetcher {
         let (model, patterns) = (&job.request.model, &job.request.patterns);
         if let Some(revision) = model.pinned() {
             let id = SnapshotId::new(model, &revision, patterns);
-            if let Some(lease) = self.lease_published(job, &id).await? {
-                return self
-                    .finish(job, &revision, &id, lease, LeftOut::default())
-                    .await;
+            if let Some(fetched) = self.take_published(job, &revision, &id).await? {
+                return Ok(fetched);
             }
         }
         let source = match &job.source {
@@ -57,30 +56,38 @@ impl Fetcher {
         });
         let turn = self.turn(&id);
         let _turn = turn.lock().await;
-        if let Some(lease) = self.lease_published(job, &id).await? {
-            return self
-                .finish(job, &revision, &id, lease, LeftOut::default())
-                .await;
+        if let Some(fetched) = self.take_published(job, &revision, &id).await? {
+            return Ok(fetched);
         }
         let listing = self
             .patiently(job, || source.list(&revision, patterns))
             .await?;
         let left_out = listing.left_out.clone();
         let lease = self.gather(job, source, listing, &revision, &id).await?;
-        self.finish(job, &revision, &id, lease, left_out).await
+        let finished = self.finish(job, &revision, &id, lease, left_out).await?;
+        finished.ok_or_else(|| job.store_error(StoreError::Missing(id.to_string())))
     }
 
-    async fn lease_published(
+    /// Ends the fetch with the snapshot that is here; `None` if there is none.
+    async fn take_published(
         &self,
         job: &Job,
+        revision: &Revision,
         id: &SnapshotId,
-    ) -> Result<Option<SnapshotLease>, FetchError> {
-        let id = id.clone();
-        job.on_store(&self.shared.store, move |store| store.lease_snapshot(&id))
-            .await
+    ) -> Result<Option<Fetched>, FetchError> {
+        let wanted = id.clone();
+        let look = move |store: &Arc<Store>| store.lease_snapshot(&wanted);
+        match job.on_store(&self.shared.store, look).await? {
+            Some(lease) => {
+                let nothing = LeftOut::default();
+                self.finish(job, revision, id, lease, nothing).await
+            }
+            None => Ok(None),
+        }
     }
 
-    /// Marks the snapshot as used, pins it and says what it took.
+    /// Marks the snapshot as used, pins it and says what it took. `None` if it was withdrawn meanwhile,
+    /// which a lease does not prevent.
     async fn finish(
         &self,
         job: &Job,
@@ -88,19 +95,18 @@ impl Fetcher {
         id: &SnapshotId,
         lease: SnapshotLease,
         left_out: LeftOut,
-    ) -> Result<Fetched, FetchError> {
+    ) -> Result<Option<Fetched>, FetchError> {
         let (request, id, revision) = (job.request.clone(), id.clone(), revision.clone());
         let snapshot = job
             .on_store(&self.shared.store, move |store| {
-                store.touch(&request.model, &revision, &id)?;
-                if let Some(holder) = &request.pin {
-                    store.pin(&id, holder)?;
-                }
-                let snapshot = store.snapshot(&id)?;
+                let taken = take(store, &request, &revision, &id);
                 drop(lease);
-                snapshot.ok_or_else(|| StoreError::Missing(id.to_string()))
+                taken
             })
             .await?;
+        let Some(snapshot) = snapshot else {
+            return Ok(None);
+        };
         let bytes = snapshot.manifest.bytes();
         let bytes_fetched = job.meter.bytes_fetched();
         let bytes_reused = bytes.saturating_sub(bytes_fetched);
@@ -116,13 +122,13 @@ impl Fetcher {
             elapsed_s = elapsed.as_secs_f64(),
             "snapshot ready"
         );
-        Ok(Fetched {
+        Ok(Some(Fetched {
             snapshot,
             bytes_fetched,
             bytes_reused,
             seconds: elapsed.as_secs_f64(),
             left_out,
-        })
+        }))
     }
 
     /// Asks the origin until it answers, or has failed too often.
@@ -219,11 +225,11 @@ impl Fetcher {
         let missing = missing.to_vec();
         let room = job
             .on_store(&self.shared.store, move |store| {
-                let needed = missing.iter().map(|file| {
-                    file.size
-                        .saturating_sub(store.staged_bytes(&StageKey::of(file)))
-                });
-                store.reserve(needed.sum())
+                let needed = |file: &Arc<RemoteFile>| {
+                    let staged = store.staged_bytes(&StageKey::of(file));
+                    file.size.saturating_sub(staged)
+                };
+                store.reserve(|| missing.iter().map(needed).sum())
             })
             .await?;
         if !room.evicted.is_empty() {
@@ -329,6 +335,28 @@ impl Fetcher {
     }
 }
 
+/// Marks a snapshot as used and pins it; `None` if it was withdrawn.
+fn take(
+    store: &Store,
+    request: &FetchRecord,
+    revision: &Revision,
+    id: &SnapshotId,
+) -> Result<Option<Snapshot>, StoreError> {
+    let used = store.touch(&request.model, revision, id);
+    let held = used.and_then(|()| match &request.pin {
+        Some(holder) => store.pin(id, holder),
+        None => Ok(()),
+    });
+    match held {
+        // Whatever failed, if it is not here any more that is why.
+        Err(error) => match store.snapshot(id)? {
+            Some(_) => Err(error),
+            None => Ok(None),
+        },
+        Ok(()) => store.snapshot(id),
+    }
+}
+
 /// Links a file into the lease if its bytes are here.
 fn link_if_here(
     store: &Store,
@@ -338,7 +366,8 @@ fn link_if_here(
     let Some(digest) = store.digest_of(file)? else {
         return Ok(None);
     };
-    Ok(lease.add(digest, &file.path)?.then(|| entry(file, digest)))
+    let here = lease.add(digest, file.size, &file.path)?;
+    Ok(here.then(|| entry(file, digest)))
 }
 
 fn entry(file: &RemoteFile, sha256: Digest) -> FileEntry {
@@ -480,5 +509,28 @@ impl OneFile<'_> {
         self.job
             .on_store(store, move |store| work(store, &lease, &file))
             .await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::StoreLimits;
+
+    #[test]
+    fn a_snapshot_that_was_withdrawn_meanwhile_is_no_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path(), StoreLimits::default()).unwrap();
+        let request = FetchRecord {
+            model: "hf://org/model".parse().unwrap(),
+            patterns: Patterns::default(),
+            pin: None,
+        };
+        let revision = Revision::new(&"a".repeat(40)).unwrap();
+        let id = SnapshotId::new(&request.model, &revision, &request.patterns);
+
+        let taken = take(&store, &request, &revision, &id);
+
+        assert!(matches!(taken, Ok(None)), "{taken:?}");
     }
 }

@@ -1,20 +1,19 @@
-//! Blobs in the making: staging, the journal, hashing and sealing.
+//! Blobs in the making: writing, hashing and sealing.
 
-use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::PathBuf;
+use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use bytes::Bytes;
-use nix::fcntl::{FallocateFlags, RenameFlags};
 
 use self::journal::{Journal, Record, checksum};
 use self::ranges::Ranges;
+use super::evict::remove_if_there;
 use super::snapshot::Lease;
 use super::{At, Store, StoreError, claim, sync_parent};
 use crate::digest::{ClaimMismatch, Digest, Verifier};
@@ -23,75 +22,13 @@ use crate::source::RemoteFile;
 
 mod journal;
 mod ranges;
+mod stage;
+
+pub use self::stage::{Claim, Claimed, StageKey, Watch};
+pub(super) use self::stage::{can_resume, preallocate};
 
 /// Bytes that are hashed at a time: they stay in a core's second-level cache.
 const HASH_BYTES: usize = 256 << 10;
-
-/// Names bytes that are in flight, before or without a digest: 64 hex digits.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct StageKey(String);
-
-impl StageKey {
-    /// The key of a file's bytes. The same bytes have the same key in every process, as far as their
-    /// origin lets us know; bytes that it gives no name to cannot be resumed.
-    #[must_use]
-    pub fn of(file: &RemoteFile) -> Self {
-        match (file.claims.sha256.filter(|_| file.vouched), &file.identity) {
-            (Some(digest), _) => Self(digest.to_string()),
-            (None, Some(identity)) => Self(Digest::of(identity.as_bytes()).to_string()),
-            (None, None) => Self(uuid::Uuid::new_v4().simple().to_string()),
-        }
-    }
-}
-
-impl fmt::Display for StageKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-/// Who works on some bytes.
-pub enum Claimed {
-    /// The caller, from now on.
-    Mine(Claim),
-    /// Another task or process.
-    Theirs(Watch),
-}
-
-/// The right to work on some bytes. First look whether they are here by now, then
-/// [`Claim::stage`] them; dropping it leaves everything as it was.
-#[derive(Debug)]
-pub struct Claim {
-    path: PathBuf,
-    file: Option<claim::Held>,
-}
-
-/// Sees how far somebody else is with the same bytes.
-pub struct Watch {
-    part: PathBuf,
-}
-
-impl Watch {
-    /// Bytes that are on disk so far.
-    #[must_use]
-    pub fn bytes(&self) -> u64 {
-        Journal::bytes_at(&Journal::path_of(&self.part))
-    }
-
-    /// Whether nobody works on them any more: they are sealed, or were given up.
-    ///
-    /// # Errors
-    ///
-    /// [`StoreError::Io`].
-    pub fn over(&self) -> Result<bool, StoreError> {
-        let file = match File::open(&self.part) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
-            Err(error) => return Err(error).at("open", &self.part),
-        };
-        Ok(claim::try_shared(file).at("lock", &self.part)?.is_some())
-    }
-}
 
 /// The bytes of one blob in flight, claimed for this process until it is dropped.
 #[derive(Debug)]
@@ -130,167 +67,6 @@ pub enum HashError {
     /// They cannot be read.
     #[error(transparent)]
     Store(#[from] StoreError),
-}
-
-impl Store {
-    /// Claims the bytes named `key`.
-    ///
-    /// # Errors
-    ///
-    /// [`StoreError::Io`].
-    pub fn claim(&self, key: &StageKey) -> Result<Claimed, StoreError> {
-        let path = self.staging().join(format!("{key}.part"));
-        match claim_file(&path)? {
-            Some(file) => {
-                fault::point("part.created");
-                Ok(Claimed::Mine(Claim {
-                    path,
-                    file: Some(file),
-                }))
-            }
-            None => Ok(Claimed::Theirs(Watch { part: path })),
-        }
-    }
-
-    /// Disk space that an unfinished download of these bytes has taken already.
-    #[must_use]
-    pub fn staged_bytes(&self, key: &StageKey) -> u64 {
-        let path = self.staging().join(format!("{key}.part"));
-        fs::metadata(path).map_or(0, |metadata| {
-            std::os::unix::fs::MetadataExt::blocks(&metadata) * 512
-        })
-    }
-
-    /// Bytes that an unfinished download of these bytes has brought already.
-    #[must_use]
-    pub fn journaled_bytes(&self, key: &StageKey) -> u64 {
-        Journal::bytes_at(&self.staging().join(format!("{key}.journal")))
-    }
-
-    fn allocate(&self, file: &File, path: &Path, size: u64) -> Result<(), StoreError> {
-        file.set_len(0).at("empty", path)?;
-        match preallocate(file, size) {
-            Ok(()) => Ok(()),
-            Err(error) if super::is_full(&error) => {
-                let available = self.file_system()?.free;
-                Err(StoreError::NoSpace {
-                    root: self.root.clone(),
-                    needed: size,
-                    available,
-                })
-            }
-            Err(error) => Err(error).at("allocate", path),
-        }
-    }
-}
-
-impl Claim {
-    /// Readies a file of `size` bytes, with the disk space it needs. Blocks that an earlier process
-    /// wrote are kept.
-    ///
-    /// # Errors
-    ///
-    /// [`StoreError::NoSpace`] if it does not fit, else [`StoreError::Io`].
-    pub fn stage(mut self, store: &Store, size: u64) -> Result<Arc<Part>, StoreError> {
-        let file = self.file.as_ref().expect("it is taken only below");
-        let journal_path = Journal::path_of(&self.path);
-        if file.metadata().at("look at", &self.path)?.len() != size || size == 0 {
-            // Somebody stopped before the space was there, or the origin had another size then.
-            let _ = fs::remove_file(&journal_path);
-            store.allocate(file, &self.path, size)?;
-        }
-        fault::point("part.allocated");
-        let (journal, resumed) =
-            Journal::open(journal_path.clone(), size).at("open", &journal_path)?;
-        let mut state = State::default();
-        for record in &resumed {
-            state.present.insert(record.range.clone());
-        }
-        Ok(Arc::new(Part {
-            path: std::mem::take(&mut self.path),
-            size,
-            file: self.file.take().expect("it is taken only here"),
-            journal: Mutex::new(journal),
-            resumed,
-            state: Mutex::new(state),
-            grown: Condvar::new(),
-        }))
-    }
-}
-
-impl Drop for Claim {
-    fn drop(&mut self) {
-        // An empty file helps nobody. The name is ours to remove only while it names our file.
-        if let Some(file) = &self.file
-            && file.metadata().is_ok_and(|metadata| metadata.len() == 0)
-            && claim::still_at(file, &self.path).unwrap_or(false)
-        {
-            let _ = fs::remove_file(&self.path);
-        }
-    }
-}
-
-/// Gives `file` its size and, where the file system can, the blocks for it.
-pub(super) fn preallocate(file: &File, size: u64) -> io::Result<()> {
-    let length = i64::try_from(size).map_err(|_| io::ErrorKind::FileTooLarge)?;
-    let magic = nix::sys::statfs::fstatfs(file.as_fd())?.filesystem_type();
-    // On tmpfs allocation is the write itself: it would double the work.
-    if size == 0 || magic == nix::sys::statfs::TMPFS_MAGIC {
-        return file.set_len(size);
-    }
-    match nix::fcntl::fallocate(file.as_fd(), FallocateFlags::empty(), 0, length) {
-        Err(nix::Error::EOPNOTSUPP) => file.set_len(size),
-        result => Ok(result?),
-    }
-}
-
-/// Opens and locks `path`; `None` if somebody else has it.
-fn claim_file(path: &Path) -> Result<Option<claim::Held>, StoreError> {
-    let mut denied = 0;
-    loop {
-        let mut options = File::options();
-        options
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600);
-        let file = match options.open(path) {
-            // Its owner is about to seal it, or died there. Another denial is the folder's own.
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied && denied < 3 => {
-                denied += 1;
-                if unprotect(path).at("open", path)? {
-                    continue;
-                }
-                return Ok(None);
-            }
-            opened => opened.at("create", path)?,
-        };
-        let Some(held) = claim::try_exclusive(file).at("lock", path)? else {
-            return Ok(None);
-        };
-        // Its last owner may have sealed or removed it between our open and our lock.
-        if claim::still_at(&held, path).at("look at", path)? {
-            return Ok(Some(held));
-        }
-    }
-}
-
-/// Makes a part that nobody works on writable again. False if somebody has it.
-fn unprotect(path: &Path) -> io::Result<bool> {
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
-        Err(error) => return Err(error),
-    };
-    let Some(held) = claim::try_exclusive(file)? else {
-        return Ok(false);
-    };
-    // With the lock held and this name in place it is no blob, and does not become one.
-    if claim::still_at(&held, path)? {
-        held.set_permissions(fs::Permissions::from_mode(0o600))?;
-    }
-    Ok(true)
 }
 
 impl Part {
@@ -505,7 +281,11 @@ impl Part {
         file: &RemoteFile,
     ) -> Result<(), StoreError> {
         // Bytes first, then the name: after a power loss the name must not stand for other bytes.
-        self.file.sync_data().at("sync", &self.path)?;
+        if let Err(error) = self.file.sync_data() {
+            // What the disk lost the page cache still shows: whoever goes on would believe it.
+            let _ = self.discard();
+            return Err(error).at("sync", &self.path);
+        }
         self.file
             .set_permissions(fs::Permissions::from_mode(0o444))
             .at("protect", &self.path)?;
@@ -513,20 +293,27 @@ impl Part {
         let blob = store.blob_path(digest);
         super::make_dirs(blob.parent().unwrap_or(store.root()))
             .at("create the folder of", &blob)?;
+        store.set_aside_other_length(digest, self.size)?;
         let _shared = store.lock_shared()?;
-        if blob.exists() {
-            // Somebody had the same bytes under another key.
-            self.remember(store, file, digest)?;
-            lease.link(&blob, &file.path)?;
-        } else {
-            lease.link(&self.path, &file.path)?;
-            fault::point("seal.linked");
-            // Before the rename: with it this claim ends, and the next owner must find all of it.
-            self.remember(store, file, digest)?;
-            rename_new(&self.path, &blob)?;
-            sync_parent(&blob).at("sync the folder of", &blob)?;
-            fault::point("seal.renamed");
+        let linked = lease.link(&self.path, &file.path)?;
+        // Only what was hashed may get the name, whatever lies at the part's path by now.
+        if !claim::still_at(&self.file, &linked).at("look at", &linked)? {
+            remove_if_there(&linked)?;
+            let replaced = io::Error::other("another file took its place");
+            return Err(replaced).at("seal", &self.path);
         }
+        fault::point("seal.linked");
+        // Before the name: with it others may take the blob, and must find all of it.
+        self.remember(store, file, digest)?;
+        match fs::hard_link(&linked, &blob) {
+            // Somebody had the same bytes under another key.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                lease.link(&blob, &file.path)?;
+            }
+            named => named.at("link", &blob)?,
+        }
+        sync_parent(&blob).at("sync the folder of", &blob)?;
+        fault::point("seal.renamed");
         self.remove_files()?;
         fault::point("seal.unjournaled");
         Ok(())
@@ -550,23 +337,23 @@ impl Part {
     }
 
     fn remove_files(&self) -> Result<(), StoreError> {
-        // After the rename in `seal` the name may already be the next owner's.
-        if claim::still_at(&self.file, &self.path).at("look at", &self.path)? {
-            fs::remove_file(&self.path).at("remove", &self.path)?;
+        // A part that is not ours has a journal that is not ours.
+        if !claim::still_at(&self.file, &self.path).at("look at", &self.path)? {
+            return Ok(());
         }
+        // The journal first: with the part this claim ends, and the next owner writes its own.
         let journal = self.journal.lock().expect("no holder of this lock panics");
-        journal.remove().at("remove the journal of", &self.path)
+        journal.remove().at("remove the journal of", &self.path)?;
+        remove_if_there(&self.path)
     }
 }
 
-/// Renames, unless the new name is taken: then the bytes are there already.
-fn rename_new(from: &Path, to: &Path) -> Result<(), StoreError> {
-    let here = nix::fcntl::AT_FDCWD;
-    match nix::fcntl::renameat2(here, from, here, to, RenameFlags::RENAME_NOREPLACE) {
-        Ok(()) | Err(nix::Error::EEXIST) => Ok(()),
-        // A few file systems do not know the flag. The lock on the part keeps others off this key.
-        Err(nix::Error::EINVAL | nix::Error::ENOSYS) => fs::rename(from, to).at("rename into", to),
-        Err(errno) => Err(errno).at("rename into", to),
+impl Drop for Part {
+    fn drop(&mut self) {
+        // Nobody finds it again; if it was sealed it is gone already.
+        if !can_resume(&self.path) {
+            let _ = self.remove_files();
+        }
     }
 }
 
@@ -593,4 +380,47 @@ fn write_all_at(file: &File, mut offset: u64, block: &[Bytes]) -> io::Result<()>
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{StoreLimits, entries};
+    use super::*;
+    use crate::digest::Claims;
+    use crate::model::RelPath;
+
+    #[test]
+    fn bytes_that_cannot_be_synced_are_not_gone_on_with() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path(), StoreLimits::default()).unwrap();
+        // The one kind of file that can be had anywhere and cannot be synced.
+        let path = store.staging().join("x.part");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let fifo = File::options().read(true).write(true).open(&path).unwrap();
+        let (journal, _) = Journal::open(Journal::path_of(&path), 0).unwrap();
+        let part = Part {
+            file: claim::try_exclusive(fifo).unwrap().unwrap(),
+            path,
+            size: 0,
+            journal: Mutex::new(journal),
+            resumed: Vec::new(),
+            state: Mutex::default(),
+            grown: Condvar::new(),
+        };
+        let file = RemoteFile {
+            path: RelPath::new("a").unwrap(),
+            size: 0,
+            claims: Claims::default(),
+            identity: None,
+            vouched: false,
+            xet_hash: None,
+        };
+
+        let lease = store.lease().unwrap();
+        let sealed = part.seal(&store, Digest::of(b""), &lease, &file);
+
+        assert!(matches!(sealed, Err(StoreError::Io { op: "sync", .. })));
+        drop(lease);
+        assert!(entries(&store.staging()).unwrap().is_empty());
+    }
 }

@@ -9,7 +9,7 @@ use std::sync::Mutex;
 use std::time::SystemTime;
 
 use super::snapshot::Snapshot;
-use super::{At, Store, StoreError, blob, claim, entries, sync_parent};
+use super::{At, Store, StoreError, blob, claim, entries, sync_parent, verify};
 use crate::fault;
 use crate::model::SnapshotId;
 
@@ -87,7 +87,7 @@ pub(super) struct Space {
 }
 
 /// A blob on disk.
-struct Stored {
+pub(super) struct Stored {
     path: PathBuf,
     bytes: u64,
     links: u64,
@@ -139,7 +139,8 @@ impl Store {
         })
     }
 
-    fn blobs(&self) -> Result<HashMap<u64, Stored>, StoreError> {
+    /// All blobs, by inode.
+    pub(super) fn blobs(&self) -> Result<HashMap<u64, Stored>, StoreError> {
         let mut blobs = HashMap::new();
         for folder in entries(&self.root.join("blobs/sha256"))? {
             for entry in entries(&folder.path())? {
@@ -161,12 +162,15 @@ impl Store {
         let mut bytes = 0;
         for entry in entries(&self.staging())? {
             let path = entry.path();
-            if path
-                .extension()
-                .is_some_and(|ending| ending == "part" || ending == "room")
-            {
-                bytes += look(&path)?.map_or(0, |metadata| metadata.blocks() * 512);
-            }
+            let Some(metadata) = look(&path)? else {
+                continue;
+            };
+            bytes += match path.extension().and_then(|ending| ending.to_str()) {
+                Some("part") => metadata.blocks() * 512,
+                // Not every file system gives it blocks.
+                Some("room") => metadata.len(),
+                _ => 0,
+            };
         }
         Ok(bytes)
     }
@@ -177,6 +181,15 @@ impl Store {
     ///
     /// [`StoreError::Io`].
     pub fn plan_room(&self, needed: u64) -> Result<RoomPlan, StoreError> {
+        // To see whether a snapshot is held is to lock it for a moment. Another plan, or a removal, must
+        // not take that for a lease.
+        let _reserve = self.lock_reserve()?;
+        let _shared = self.lock_shared()?;
+        self.plan(needed)
+    }
+
+    /// The caller holds the lock for reservations and the store's.
+    fn plan(&self, needed: u64) -> Result<RoomPlan, StoreError> {
         let space = self.file_system()?;
         let used = space.capacity - space.free;
         let mut blobs = self.blobs()?;
@@ -208,7 +221,8 @@ impl Store {
                 let Some(blob) = blobs.get_mut(&inode) else {
                     continue;
                 };
-                blob.links -= 1;
+                // A manifest may name a file of the tree that is no link of its own.
+                blob.links = blob.links.saturating_sub(1);
                 if blob.links == 1 {
                     plan.freed += blob.bytes;
                 }
@@ -233,16 +247,22 @@ impl Store {
         Ok(free)
     }
 
-    /// Sets `needed` bytes of disk space aside, and evicts what has to go for that. If they cannot be
-    /// had, nothing is evicted.
+    /// Sets disk space aside, and evicts what has to go for that. If it cannot be had, nothing is
+    /// evicted. How many bytes are `needed` is asked once stale partial downloads are gone.
     ///
     /// # Errors
     ///
     /// [`StoreError::NoSpace`], else [`StoreError::Io`].
-    pub fn reserve(&self, needed: u64) -> Result<Room, StoreError> {
+    pub fn reserve(&self, needed: impl FnOnce() -> u64) -> Result<Room, StoreError> {
+        // Until the room has its blocks: else the next to ask would count on the same bytes.
+        let _reserve = self.lock_reserve()?;
         let alone = self.lock_alone()?;
         self.sweep_staging(Partial::Stale)?;
-        let plan = self.plan_room(needed)?;
+        let needed = needed();
+        let mut plan = self.plan(needed)?;
+        if plan.short > 0 && self.sweep_withdrawn()? > 0 {
+            plan = self.plan(needed)?;
+        }
         if plan.short > 0 {
             let available = needed - plan.short;
             return Err(StoreError::NoSpace {
@@ -368,14 +388,30 @@ impl Store {
         self.drop_stale_known()?;
         drop(alone);
         delete_all(&garbage)?;
+        collected.bytes += self.sweep_damaged(partial)?;
+        Ok(collected)
+    }
+
+    /// Deletes what was set aside long ago. Returns bytes freed.
+    fn sweep_damaged(&self, partial: Partial) -> Result<u64, StoreError> {
+        let mut bytes = 0;
         for entry in entries(&self.root.join("damaged"))? {
             let path = entry.path();
-            if partial == Partial::All || self.is_stale(&path)? {
-                collected.bytes += look(&path)?.map_or(0, |metadata| metadata.len());
-                fs::remove_file(&path).at("delete", &path)?;
+            // With another name it is still in a tree: this one tells `finish_set_aside` so.
+            let Some(metadata) = look(&path)?.filter(|found| found.nlink() == 1) else {
+                continue;
+            };
+            // Not by the file's own time, which is when it was downloaded.
+            let stale = match verify::set_aside_at(&path) {
+                Some(time) => self.is_long_ago(time),
+                None => self.is_stale(&path)?,
+            };
+            if partial == Partial::All || stale {
+                remove_if_there(&path)?;
+                bytes += metadata.len();
             }
         }
-        Ok(collected)
+        Ok(bytes)
     }
 
     /// Deletes what killed processes left in `staging`, and partial downloads.
@@ -392,13 +428,7 @@ impl Store {
                 Some("gone") if path.is_dir() => fs::remove_dir_all(&path).at("delete", &path)?,
                 Some("gone" | "probe") => remove_if_there(&path)?,
                 Some("room") => swept.bytes += remove_unlocked(&path, bytes)?.unwrap_or(0),
-                Some("part") if partial == Partial::All || self.is_stale(&path)? => {
-                    if let Some(bytes) = remove_unlocked(&path, bytes)? {
-                        remove_if_there(&path.with_extension("journal"))?;
-                        swept.partial += 1;
-                        swept.bytes += bytes;
-                    }
-                }
+                Some("part") => self.sweep_part(&path, partial, &mut swept)?,
                 Some("journal") if !path.with_extension("part").exists() => remove_if_there(&path)?,
                 _ => {}
             }
@@ -406,7 +436,30 @@ impl Store {
         Ok(swept)
     }
 
-    /// Deletes snapshots that were withdrawn, unless somebody holds them.
+    fn sweep_part(
+        &self,
+        path: &Path,
+        partial: Partial,
+        swept: &mut Collected,
+    ) -> Result<(), StoreError> {
+        let Some(metadata) = look(path)? else {
+            return Ok(());
+        };
+        // A blob that kept this name as its process died: without it, eviction frees the bytes.
+        let sealed = self.is_sealed(&metadata)?;
+        let garbage = sealed || partial == Partial::All || !blob::can_resume(path);
+        if !garbage && !self.is_stale(path)? {
+            return Ok(());
+        }
+        let bytes = remove_unlocked(path, metadata.blocks() * 512)?;
+        if let Some(bytes) = bytes.filter(|_| !sealed) {
+            swept.partial += 1;
+            swept.bytes += bytes;
+        }
+        Ok(())
+    }
+
+    /// Deletes snapshots that were withdrawn, or lost their manifest, unless somebody holds them.
     fn sweep_withdrawn(&self) -> Result<u64, StoreError> {
         let mut swept = 0;
         for entry in entries(&self.root.join("snapshots"))? {
@@ -418,8 +471,10 @@ impl Store {
             else {
                 continue;
             };
-            let withdrawn = !dir.join("manifest.json").exists();
-            if withdrawn && self.holders(&id)?.is_empty() && lock_dir(&dir)?.is_some() {
+            if self.published(&id)?.is_none()
+                && self.holders(&id)?.is_empty()
+                && lock_dir(&dir)?.is_some()
+            {
                 self.evict(&id)?;
                 swept += 1;
             }
@@ -431,11 +486,12 @@ impl Store {
         let Some(metadata) = look(path)? else {
             return Ok(false);
         };
-        let modified = metadata.modified().at("look at", path)?;
-        let age = SystemTime::now()
-            .duration_since(modified)
-            .unwrap_or_default();
-        Ok(age > self.limits.keep_partial)
+        Ok(self.is_long_ago(metadata.modified().at("look at", path)?))
+    }
+
+    fn is_long_ago(&self, time: SystemTime) -> bool {
+        let age = SystemTime::now().duration_since(time).unwrap_or_default();
+        age > self.limits.keep_partial
     }
 }
 
@@ -479,7 +535,7 @@ fn lock_dir(path: &Path) -> Result<Option<claim::Held>, StoreError> {
     }
 }
 
-fn look(path: &Path) -> Result<Option<fs::Metadata>, StoreError> {
+pub(super) fn look(path: &Path) -> Result<Option<fs::Metadata>, StoreError> {
     match fs::symlink_metadata(path) {
         Ok(metadata) => Ok(Some(metadata)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -494,16 +550,26 @@ pub(super) fn remove_if_there(path: &Path) -> Result<(), StoreError> {
     }
 }
 
-/// Removes a file unless a process holds its lock. Returns `bytes` if it is gone.
+/// Removes a file, and its journal, unless a process holds its lock. Returns `bytes` if it is gone.
 fn remove_unlocked(path: &Path, bytes: u64) -> Result<Option<u64>, StoreError> {
     let file = match File::open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error).at("open", path),
     };
-    let Some(_lock) = claim::try_exclusive(file).at("lock", path)? else {
+    remove_if_still_there(file, path, bytes)
+}
+
+fn remove_if_still_there(file: File, path: &Path, bytes: u64) -> Result<Option<u64>, StoreError> {
+    let Some(lock) = claim::try_exclusive(file).at("lock", path)? else {
         return Ok(None);
     };
+    // It may have been sealed, and the next owner's file lie there now.
+    if !claim::still_at(&lock, path).at("look at", path)? {
+        return Ok(None);
+    }
+    // The journal first: with the part the claim is free, and its next owner writes another.
+    remove_if_there(&path.with_extension("journal"))?;
     remove_if_there(path)?;
     Ok(Some(bytes))
 }
@@ -517,5 +583,25 @@ fn delete_all(paths: &[PathBuf]) -> Result<(), StoreError> {
     match paths.first() {
         Some(path) => sync_parent(path).at("sync the folder of", path),
         None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_took_the_place_of_a_sealed_one_is_not_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.part");
+        fs::write(&path, "sealed").unwrap();
+        let opened = File::open(&path).unwrap();
+        fs::rename(&path, dir.path().join("blob")).unwrap();
+        fs::write(&path, "another owner's").unwrap();
+
+        let removed = remove_if_still_there(opened, &path, 6).unwrap();
+
+        assert_eq!(removed, None);
+        assert_eq!(fs::read(&path).unwrap(), b"another owner's");
     }
 }

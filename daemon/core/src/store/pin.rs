@@ -76,7 +76,7 @@ impl Store {
     pub fn pin(&self, id: &SnapshotId, holder: &Holder) -> Result<(), StoreError> {
         // With the lock held nobody evicts between the look and the pin.
         let _shared = self.lock_shared()?;
-        if !self.snapshot_dir(id).join("manifest.json").exists() {
+        if self.published(id)?.is_none() {
             return Err(StoreError::Missing(id.to_string()));
         }
         self.write_pin(id, holder)
@@ -151,7 +151,9 @@ impl Store {
         for kind in ["csi", "operator"] {
             for entry in entries(&self.root.join("pins").join(kind))? {
                 let name = format!("{kind}/{}", entry.file_name().to_string_lossy());
-                if entry.path().join(id.as_str()).exists() {
+                let pin = entry.path().join(id.as_str());
+                // An error must not read as unpinned.
+                if pin.try_exists().at("look at", &pin)? {
                     holders.extend(name.parse::<Holder>());
                 }
             }

@@ -1,6 +1,7 @@
 //! Small things that the store remembers: what names resolved to, which digest an origin's name for
 //! some bytes stood for, and which fetches are under way.
 
+use std::collections::HashSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -116,13 +117,15 @@ impl Store {
         Ok(())
     }
 
+    fn ref_folder(&self, model: &ModelRef) -> PathBuf {
+        let schemes = self.root.join("refs");
+        let names = schemes.join(model.scheme().as_str());
+        names.join(file_name(model.name()))
+    }
+
     fn ref_path(&self, model: &ModelRef) -> PathBuf {
-        let folder = self
-            .root
-            .join("refs")
-            .join(model.scheme().as_str())
-            .join(file_name(model.name()));
-        folder.join(file_name(model.revision_or_default()))
+        self.ref_folder(model)
+            .join(file_name(model.revision_or_default()))
     }
 
     /// What the model's name stood for when it was last resolved, if that is on record.
@@ -157,14 +160,20 @@ impl Store {
         Ok(())
     }
 
-    /// Forgets what names resolved to, where the snapshot is gone.
+    /// Forgets what names resolved to, where no snapshot of that revision is left, whatever its patterns.
     pub(super) fn drop_stale_refs(&self) -> Result<(), StoreError> {
+        let live = self.resolved()?;
         for scheme in entries(&self.root.join("refs"))? {
             for name in entries(&scheme.path())? {
                 for revision in entries(&name.path())? {
                     let path = revision.path();
                     let reference: Option<Reference> = read_json(&path)?;
-                    if reference.is_none_or(|found| !self.snapshot_dir(&found.snapshot).exists()) {
+                    let live = reference.is_some_and(|found| {
+                        // A withdrawn snapshot is no longer listed, but may come back.
+                        live.contains(&(name.path(), found.revision))
+                            || self.snapshot_dir(&found.snapshot).exists()
+                    });
+                    if !live {
                         fs::remove_file(&path).at("remove", &path)?;
                     }
                 }
@@ -172,6 +181,16 @@ impl Store {
             }
         }
         Ok(())
+    }
+
+    /// What the snapshots are of: the folder of a model's references, and a revision.
+    fn resolved(&self) -> Result<HashSet<(PathBuf, Revision)>, StoreError> {
+        let snapshots = self.snapshots()?;
+        let resolved = snapshots.iter().filter_map(|snapshot| {
+            let model = &snapshot.manifest.model;
+            Some((self.ref_folder(model), model.pinned()?))
+        });
+        Ok(resolved.collect())
     }
 
     fn known_path(&self, identity: &str) -> PathBuf {

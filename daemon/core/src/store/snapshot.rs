@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use super::evict::look;
 use super::pin::Holder;
 use super::{At, Store, StoreError, claim, entries, make_dirs, sync_parent, write_atomically};
 use crate::digest::Digest;
@@ -72,7 +73,7 @@ impl Store {
     pub fn lease_snapshot(&self, id: &SnapshotId) -> Result<Option<SnapshotLease>, StoreError> {
         let dir = self.snapshot_dir(id);
         let _shared = self.lock_shared()?;
-        if !dir.join("manifest.json").exists() {
+        if self.published(id)?.is_none() {
             return Ok(None);
         }
         let file = File::open(&dir).at("open", &dir)?;
@@ -107,14 +108,13 @@ impl Store {
     ///
     /// [`StoreError::Io`].
     pub fn snapshot(&self, id: &SnapshotId) -> Result<Option<Snapshot>, StoreError> {
-        let dir = self.snapshot_dir(id);
-        let Some((manifest, last_used)) = read_manifest(&dir.join("manifest.json"))? else {
+        let Some((manifest, last_used)) = self.published(id)? else {
             return Ok(None);
         };
         let pinned_by = self.holders(id)?;
         Ok(Some(Snapshot {
             manifest,
-            path: dir.join("tree"),
+            path: self.snapshot_dir(id).join("tree"),
             last_used,
             pinned_by,
         }))
@@ -141,12 +141,20 @@ impl Store {
         if let Some(snapshot) = self.snapshot(&SnapshotId::new(model, &revision, patterns))? {
             return Ok(Some(snapshot));
         }
-        match reference {
-            Some(reference) if *patterns == Patterns::default() => {
-                self.snapshot(&reference.snapshot)
-            }
-            _ => Ok(None),
+        if *patterns != Patterns::default() {
+            return Ok(None);
         }
+        if let Some(reference) = reference
+            && let Some(snapshot) = self.snapshot(&reference.snapshot)?
+        {
+            return Ok(Some(snapshot));
+        }
+        let model = model.at(&revision);
+        let of_it = self
+            .snapshots()?
+            .into_iter()
+            .filter(|snapshot| snapshot.manifest.model == model);
+        Ok(of_it.max_by_key(|snapshot| snapshot.last_used))
     }
 
     /// Remembers what a model's name resolved to, and marks the snapshot as used now.
@@ -166,6 +174,13 @@ impl Store {
         touched.at("touch", &manifest)?;
         self.write_ref(asked, revision, id)?;
         self.write_ref(&asked.at(revision), revision, id)
+    }
+
+    /// The manifest of a snapshot, and when it was last used. `None` unless the snapshot is here whole:
+    /// one whose manifest is damaged is as good as withdrawn, so that the next fetch mends it.
+    pub(super) fn published(&self, id: &SnapshotId) -> Result<Option<(Manifest, i64)>, StoreError> {
+        let found = read_manifest(&self.snapshot_dir(id).join("manifest.json"))?;
+        Ok(found.filter(|(manifest, _)| manifest.snapshot == *id))
     }
 
     pub(super) fn snapshot_dir(&self, id: &SnapshotId) -> PathBuf {
@@ -204,15 +219,15 @@ pub(super) fn read_manifest(path: &Path) -> Result<Option<(Manifest, i64)>, Stor
 }
 
 impl Lease {
-    /// Links the blob `digest` in at `path`. False if the blob is not here.
+    /// Links the blob `digest` in at `path`. False if the blob is not here, or not `size` bytes long.
     ///
     /// # Errors
     ///
     /// [`StoreError::Io`].
-    pub fn add(&self, digest: Digest, path: &RelPath) -> Result<bool, StoreError> {
+    pub fn add(&self, digest: Digest, size: u64, path: &RelPath) -> Result<bool, StoreError> {
         let _shared = self.store.lock_shared()?;
         let blob = self.store.blob_path(digest);
-        if !blob.exists() {
+        if look(&blob)?.is_none_or(|found| found.len() != size) {
             return Ok(false);
         }
         self.link(&blob, path)?;
@@ -225,13 +240,14 @@ impl Lease {
         self.dir.join("tree")
     }
 
-    pub(super) fn link(&self, from: &Path, path: &RelPath) -> Result<(), StoreError> {
+    /// Links `from` in at `path`; returns where that is.
+    pub(super) fn link(&self, from: &Path, path: &RelPath) -> Result<PathBuf, StoreError> {
         let to = self.dir.join("tree").join(path);
         if let Some(parent) = to.parent() {
             make_dirs(parent).at("create", parent)?;
         }
         match fs::hard_link(from, &to) {
-            // A part that was staged twice: the first seal was killed on its way.
+            // A part of bytes that somebody else sealed first: two names, one inode.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 fs::remove_file(&to).at("remove", &to)?;
                 fs::hard_link(from, &to).at("link", &to)?;
@@ -239,7 +255,7 @@ impl Lease {
             result => result.at("link", &to)?,
         }
         fault::point("lease.linked");
-        Ok(())
+        Ok(to)
     }
 
     /// Publishes the snapshot that `manifest` describes, whose files were all added.
@@ -249,7 +265,7 @@ impl Lease {
     ///
     /// # Errors
     ///
-    /// [`StoreError::Io`].
+    /// [`StoreError::SetAside`] if one of its blobs went bad meanwhile, else [`StoreError::Io`].
     pub fn publish(mut self, manifest: &Manifest) -> Result<SnapshotLease, StoreError> {
         let path = self.dir.join("manifest.json");
         let json = serde_json::to_vec_pretty(manifest)
@@ -260,7 +276,8 @@ impl Lease {
         sync_tree(&self.dir.join("tree"))?;
         fault::point("publish.synced");
         let to = self.store.snapshot_dir(&manifest.snapshot);
-        let shared = self.store.lock_shared()?;
+        let _shared = self.store.lock_shared()?;
+        self.check_blobs(manifest)?;
         match fs::rename(&self.dir, &to) {
             Ok(()) => {
                 fault::point("publish.renamed");
@@ -276,13 +293,29 @@ impl Lease {
                 ) => {}
             Err(error) => return Err(error).at("rename into", &to),
         }
-        if !to.join("manifest.json").exists() {
+        if self.store.published(&manifest.snapshot)?.is_none() {
             self.repair(&to, manifest, &json)?;
             self.store.complete_volumes(&manifest.snapshot)?;
         }
-        drop(shared);
+        // With the lock still held: nobody evicts it before it is leased.
         let lease = self.store.lease_snapshot(&manifest.snapshot)?;
         lease.ok_or_else(|| StoreError::Missing(manifest.model.to_string()))
+    }
+
+    /// Whether each file is still the blob that its digest names: one that was set aside since it was
+    /// linked is bad. The caller holds the store's lock.
+    fn check_blobs(&self, manifest: &Manifest) -> Result<(), StoreError> {
+        for file in &manifest.files {
+            let ours = look(&self.dir.join("tree").join(&file.path))?;
+            let blob = look(&self.store.blob_path(file.sha256))?;
+            let same = ours.zip(blob).is_some_and(|(ours, blob)| {
+                (ours.dev(), ours.ino()) == (blob.dev(), blob.ino()) && ours.len() == file.size
+            });
+            if !same {
+                return Err(StoreError::SetAside(file.path.clone()));
+            }
+        }
+        Ok(())
     }
 
     /// Puts the files of a withdrawn snapshot back, its manifest last.

@@ -15,6 +15,10 @@ use crate::manifest::{FileEntry, Manifest};
 use crate::model::{ModelRef, Patterns, RelPath, Revision, SnapshotId};
 use crate::source::RemoteFile;
 
+mod damage;
+mod sealing;
+mod space;
+
 fn store() -> (tempfile::TempDir, Arc<Store>) {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(&dir.path().join("store"), StoreLimits::default()).unwrap();
@@ -44,7 +48,8 @@ fn mine(store: &Store, file: &RemoteFile) -> Arc<Part> {
 
 fn seal(store: &Arc<Store>, lease: &Lease, path: &str, bytes: &[u8]) -> FileEntry {
     let file = remote(path, bytes);
-    if !lease.add(Digest::of(bytes), &file.path).unwrap() {
+    let digest = Digest::of(bytes);
+    if !lease.add(digest, file.size, &file.path).unwrap() {
         let part = mine(store, &file);
         part.write(0, &[Bytes::copy_from_slice(bytes)]).unwrap();
         let digest = part.hash(Verifier::new(file.size, file.claims)).unwrap();
@@ -59,26 +64,46 @@ fn seal(store: &Arc<Store>, lease: &Lease, path: &str, bytes: &[u8]) -> FileEntr
     }
 }
 
-fn publish(store: &Arc<Store>, name: &str, files: &[(&str, &[u8])]) -> SnapshotId {
+fn revision(name: &str) -> Revision {
+    Revision::new(&Digest::of(name.as_bytes()).to_string()[..40]).unwrap()
+}
+
+/// What a snapshot of the model `name` says that it holds.
+fn manifest(name: &str, patterns: Patterns, files: Vec<FileEntry>) -> Manifest {
     let model: ModelRef = format!("hf://org/{name}").parse().unwrap();
-    let revision = Revision::new(&Digest::of(name.as_bytes()).to_string()[..40]).unwrap();
-    let snapshot = SnapshotId::new(&model, &revision, &Patterns::default());
+    let revision = revision(name);
+    Manifest {
+        format: Manifest::FORMAT,
+        snapshot: SnapshotId::new(&model, &revision, &patterns),
+        model: model.at(&revision),
+        patterns,
+        published_at: 0,
+        files,
+    }
+}
+
+fn publish_as(
+    store: &Arc<Store>,
+    name: &str,
+    patterns: Patterns,
+    files: &[(&str, &[u8])],
+) -> SnapshotId {
     let lease = store.lease().unwrap();
     let files = files
         .iter()
         .map(|(path, bytes)| seal(store, &lease, path, bytes))
         .collect();
-    let manifest = Manifest {
-        format: Manifest::FORMAT,
-        snapshot: snapshot.clone(),
-        model: model.at(&revision),
-        patterns: Patterns::default(),
-        published_at: 0,
-        files,
-    };
+    let manifest = manifest(name, patterns, files);
     drop(lease.publish(&manifest).unwrap());
-    store.touch(&model, &revision, &snapshot).unwrap();
-    snapshot
+    let asked = format!("hf://org/{name}").parse().unwrap();
+    store
+        .touch(&asked, &revision(name), &manifest.snapshot)
+        .unwrap();
+    manifest.snapshot
+}
+
+fn publish(store: &Arc<Store>, name: &str, files: &[(&str, &[u8])]) -> SnapshotId {
+    publish_as(store, name, Patterns::default(), files)
 }
 
 /// Makes a snapshot look as if it was last used `seconds` after 1970.
@@ -270,7 +295,7 @@ fn a_dead_process_leaves_nothing_that_collect_does_not_find() {
     let lease = store.lease().unwrap();
     seal(&store, &lease, "a", b"sealed");
     drop(mine(&store, &remote("b", b"partial")));
-    let room = store.reserve(1 << 20).unwrap();
+    let room = store.reserve(|| 1 << 20).unwrap();
     // As after kill -9: the locks are gone, no destructor ran.
     let left = [lease.tree().parent().unwrap().to_owned()];
     let kept = tempfile::tempdir_in(store.root()).unwrap();
@@ -310,39 +335,6 @@ fn a_record_that_a_dead_process_left_half_written_is_no_fetch_and_is_collected()
     store.collect(Partial::Stale).unwrap();
     assert!(fetches.join(name).exists());
     assert!(!half.exists());
-}
-
-#[test]
-fn the_least_recently_used_goes_first_and_pins_stay() {
-    let (_dir, store) = store();
-    let limits = StoreLimits {
-        max_bytes: Some(10_000),
-        ..StoreLimits::default()
-    };
-    let store = Store::open(store.root(), limits).unwrap();
-    let ids: Vec<SnapshotId> = (0..3_u8)
-        .map(|n| {
-            let bytes = vec![n; 3000];
-            let id = publish(&store, &format!("m{n}"), &[("a", &bytes)]);
-            used_at(&store, &id, 1000 + u64::from(n));
-            id
-        })
-        .collect();
-    store
-        .pin(&ids[0], &Holder::operator("keep").unwrap())
-        .unwrap();
-
-    let room = store.reserve(3000).unwrap();
-
-    assert_eq!(room.evicted, [ids[1].clone()]);
-    assert!(store.snapshot(&ids[0]).unwrap().is_some());
-    assert!(!store.has(Digest::of(&[1; 3000])));
-    let error = store.reserve(9000).expect_err("evicted a pinned snapshot");
-    assert!(matches!(error, StoreError::NoSpace { .. }), "{error}");
-    assert!(
-        store.snapshot(&ids[2]).unwrap().is_some(),
-        "evicted although it was no use"
-    );
 }
 
 #[test]
@@ -386,54 +378,6 @@ fn pins_name_their_holder_and_go_with_it() {
 }
 
 #[test]
-fn a_damaged_blob_is_set_aside_and_comes_back_in_place() {
-    let (_dir, store) = store();
-    let files: [(&str, &[u8]); 2] = [("a", b"good bytes"), ("b", b"more bytes")];
-    let id = publish(&store, "m", &files);
-    let tree = store.snapshot(&id).unwrap().unwrap().path;
-    let mapped = File::open(tree.join("a")).unwrap();
-    let mounted = fs::metadata(&tree).unwrap().ino();
-    fs::set_permissions(tree.join("a"), fs::Permissions::from_mode(0o644)).unwrap();
-    fs::write(tree.join("a"), b"gooD bytes").unwrap();
-
-    let verified = store
-        .verify(None, &mut |_| ControlFlow::Continue(()))
-        .unwrap();
-
-    assert_eq!((verified.checked, verified.bytes), (2, 20));
-    let damaged = &verified.damaged[0];
-    assert_eq!(damaged.sha256, Digest::of(b"good bytes"));
-    assert_eq!(damaged.got, Some(Digest::of(b"gooD bytes")));
-    assert_eq!(damaged.snapshots, std::slice::from_ref(&id));
-    assert_eq!(
-        fs::read(damaged.set_aside.as_ref().unwrap()).unwrap(),
-        b"gooD bytes"
-    );
-    assert!(store.snapshot(&id).unwrap().is_none(), "still served");
-    assert!(!tree.join("a").exists(), "wrong bytes can still be opened");
-    assert_eq!(
-        mapped.metadata().unwrap().len(),
-        10,
-        "a reader lost its file"
-    );
-
-    assert_eq!(publish(&store, "m", &files), id);
-    assert_eq!(fs::read(tree.join("a")).unwrap(), b"good bytes");
-    assert_eq!(
-        fs::metadata(&tree).unwrap().ino(),
-        mounted,
-        "the mounted directory was replaced"
-    );
-    assert!(
-        store
-            .verify(Some(&id), &mut |_| ControlFlow::Continue(()))
-            .unwrap()
-            .damaged
-            .is_empty()
-    );
-}
-
-#[test]
 fn a_name_finds_the_snapshot_it_stood_for() {
     let (_dir, store) = store();
     let id = publish(&store, "m", &[("a", b"abc")]);
@@ -451,6 +395,33 @@ fn a_name_finds_the_snapshot_it_stood_for() {
     assert_eq!(find("hf://org/other"), None);
     store.remove(&id).unwrap();
     assert_eq!(find("hf://org/m"), None);
+}
+
+#[test]
+fn a_name_is_remembered_while_any_snapshot_of_its_revision_is_here() {
+    let (_dir, store) = store();
+    let gguf = Patterns::new(vec!["*.gguf".into()], Vec::new()).unwrap();
+    let find = || {
+        let found = store.find(&"hf://org/m".parse().unwrap(), &Patterns::default());
+        found.unwrap().map(|snapshot| snapshot.manifest.snapshot)
+    };
+    for first_goes in [false, true] {
+        let whole = publish(&store, "m", &[("a", b"abc")]);
+        let part = publish_as(&store, "m", gguf.clone(), &[("b.gguf", b"def")]);
+        let (gone, left) = if first_goes {
+            (whole, part)
+        } else {
+            (part, whole)
+        };
+
+        store.remove(&gone).unwrap();
+        store.collect(Partial::Stale).unwrap();
+
+        assert_eq!(find(), Some(left.clone()));
+        store.remove(&left).unwrap();
+        assert_eq!(find(), None);
+        assert_eq!(names(&store.root().join("refs/hf")), [""; 0]);
+    }
 }
 
 #[test]
@@ -480,19 +451,6 @@ fn a_directory_that_is_no_store_is_refused() {
     );
     fs::write(newer.join("FORMAT"), "something else\n").unwrap();
     assert!(matches!(open(&newer), Err(StoreError::NotAStore { .. })));
-}
-
-#[test]
-fn what_does_not_fit_is_refused_before_its_first_byte() {
-    let (_dir, store) = store();
-    let error = store.reserve(1 << 60).expect_err("reserved an exbibyte");
-    assert!(matches!(error, StoreError::NoSpace { .. }), "{error}");
-    assert!(error.hint().is_some());
-    assert!(
-        names(&store.staging()).is_empty(),
-        "{:?}",
-        names(&store.staging())
-    );
 }
 
 #[test]

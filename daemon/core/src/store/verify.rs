@@ -1,12 +1,16 @@
 //! Hashing what is stored again, and setting aside what went bad.
 
-use std::collections::{BTreeMap, HashMap};
-use std::fs::{self, File};
+use std::collections::HashMap;
+use std::fs::{self, File, Metadata};
 use std::io::{self, Read};
 use std::ops::ControlFlow;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
+use nix::errno::Errno;
+
+use super::evict::look;
 use super::snapshot::{Snapshot, read_manifest};
 use super::{At, Store, StoreError, entries, sync_parent};
 use crate::digest::{Claims, Digest, Verifier};
@@ -50,8 +54,9 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// [`StoreError::Io`] if the store itself cannot be read or changed; a blob that cannot be read is
-    /// a damaged one.
+    /// [`StoreError::Io`] if the store cannot be read or changed. A blob whose bytes the disk does not
+    /// give is damaged; one that could not be read for another reason fails the pass at its end, unless
+    /// that has damage to tell of.
     pub fn verify(
         &self,
         only: Option<&SnapshotId>,
@@ -60,37 +65,35 @@ impl Store {
         self.finish_set_aside()?;
         let (targets, missing) = self.targets(only)?;
         let mut verified = Verified::default();
-        let mut bad: BTreeMap<Digest, (Option<Digest>, Option<PathBuf>)> = BTreeMap::new();
         for digest in missing {
-            verified.checked += 1;
-            bad.insert(digest, (None, None));
+            let damaged = self.withdraw_missing(digest)?;
+            verified.checked += u64::from(damaged.is_some());
+            verified.damaged.extend(damaged);
         }
+        let mut unread = None;
         for target in targets {
-            let got = match hash_file(&target.path, &mut verified.bytes, pace) {
-                Ok(ControlFlow::Continue(digest)) => Some(digest),
+            match hash_file(&target.path, &mut verified.bytes, pace) {
+                Ok(ControlFlow::Continue(hashed)) => {
+                    verified.checked += 1;
+                    // At once: the pass may take days, and pods open these bytes meanwhile.
+                    if hashed.got != Some(target.digest) {
+                        verified.damaged.extend(self.set_aside(&target, &hashed)?);
+                    }
+                }
                 Ok(ControlFlow::Break(())) => break,
                 // It was evicted since we looked.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => {
-                    tracing::warn!(path = %target.path.display(), %error, "blob unreadable");
-                    None
+                    tracing::warn!(path = %target.path.display(), %error, "blob not verified");
+                    unread.get_or_insert((target.path, error));
                 }
-            };
-            verified.checked += 1;
-            if got != Some(target.digest) {
-                bad.insert(target.digest, (got, Some(target.path)));
             }
         }
-        for (digest, (got, path)) in bad {
-            let (snapshots, set_aside) = self.set_aside(digest, path)?;
-            verified.damaged.push(Damaged {
-                sha256: digest,
-                got,
-                snapshots,
-                set_aside,
-            });
+        match unread {
+            // What was not read is not sound. Damage says as much, and more.
+            Some((path, error)) if verified.damaged.is_empty() => Err(error).at("read", &path),
+            _ => Ok(verified),
         }
-        Ok(verified)
     }
 
     /// Bytes that a verification will hash.
@@ -137,8 +140,8 @@ impl Store {
         for Snapshot { manifest, path, .. } in snapshots {
             for file in manifest.files {
                 let path = path.join(&file.path);
-                match fs::symlink_metadata(&path) {
-                    Ok(metadata) if metadata.is_file() => {
+                match look(&path)? {
+                    Some(metadata) if metadata.is_file() => {
                         let target = Target {
                             path,
                             digest: file.sha256,
@@ -154,32 +157,61 @@ impl Store {
         Ok((targets, missing))
     }
 
-    /// Takes a damaged blob, and the files of snapshots that share its bytes, out of use.
-    fn set_aside(
+    /// Takes a damaged file, and all that share its bytes, out of use. `None` if its name stands for
+    /// another file by now.
+    fn set_aside(&self, bad: &Target, hashed: &Hashed) -> Result<Option<Damaged>, StoreError> {
+        let _alone = self.lock_alone()?;
+        let Some(found) = look(&bad.path)?.filter(|found| id_of(found) == hashed.id) else {
+            return Ok(None);
+        };
+        let stamp = jiff::Timestamp::now().as_nanosecond();
+        let aside = self.root.join(format!("damaged/{}-{stamp}", bad.digest));
+        // The inode must outlive its names: a pod may have it mapped, and someone may look into it.
+        fs::hard_link(&bad.path, &aside).at("link", &aside)?;
+        let blob = self.blob_path(bad.digest);
+        if look(&blob)?.is_some_and(|blob| blob.ino() == found.ino()) {
+            fs::remove_file(&blob).at("remove", &blob)?;
+            sync_parent(&blob).at("sync the folder of", &blob)?;
+        }
+        fault::point("verify.set_aside");
+        Ok(Some(Damaged {
+            sha256: bad.digest,
+            got: hashed.got,
+            snapshots: self.withdraw_all(bad.digest, Some(found.ino()))?,
+            set_aside: Some(aside),
+        }))
+    }
+
+    /// Withdraws the snapshots that lack the file with this digest; `None` if there are none by now.
+    fn withdraw_missing(&self, digest: Digest) -> Result<Option<Damaged>, StoreError> {
+        let _alone = self.lock_alone()?;
+        let snapshots = self.withdraw_all(digest, None)?;
+        Ok((!snapshots.is_empty()).then_some(Damaged {
+            sha256: digest,
+            got: None,
+            snapshots,
+            set_aside: None,
+        }))
+    }
+
+    /// Sets the blob `digest` aside if its length alone tells that it is damaged.
+    pub(super) fn set_aside_other_length(
         &self,
         digest: Digest,
-        bad: Option<PathBuf>,
-    ) -> Result<(Vec<SnapshotId>, Option<PathBuf>), StoreError> {
-        let _alone = self.lock_alone()?;
-        let bad_inode = bad
-            .as_ref()
-            .and_then(|path| fs::symlink_metadata(path).ok())
-            .map(|m| m.ino());
-        let mut kept = None;
-        if let (Some(path), Some(inode)) = (&bad, bad_inode) {
-            let stamp = jiff::Timestamp::now().as_nanosecond();
-            let aside = self.root.join(format!("damaged/{digest}-{stamp}"));
-            // The inode must outlive its names: a pod may have it mapped, and someone may look into it.
-            fs::hard_link(path, &aside).at("link", &aside)?;
-            let blob = self.blob_path(digest);
-            if fs::symlink_metadata(&blob).is_ok_and(|metadata| metadata.ino() == inode) {
-                fs::remove_file(&blob).at("remove", &blob)?;
-                sync_parent(&blob).at("sync the folder of", &blob)?;
-            }
-            fault::point("verify.set_aside");
-            kept = Some(aside);
+        size: u64,
+    ) -> Result<(), StoreError> {
+        let path = self.blob_path(digest);
+        let Some(found) = look(&path)?.filter(|found| found.len() != size) else {
+            return Ok(());
+        };
+        let (id, got) = (id_of(&found), None);
+        if self
+            .set_aside(&Target { path, digest }, &Hashed { id, got })?
+            .is_some()
+        {
+            tracing::error!(sha256 = %digest, "blob of a wrong length set aside");
         }
-        Ok((self.withdraw_all(digest, bad_inode)?, kept))
+        Ok(())
     }
 
     /// Withdraws what a killed process set the blob of aside, but did not come to: such a blob still has
@@ -265,9 +297,7 @@ impl Store {
             .filter(|file| file.sha256 == digest)
         {
             let path = snapshot.path.join(&file.path);
-            let inode = fs::symlink_metadata(&path)
-                .ok()
-                .map(|metadata| metadata.ino());
+            let inode = look(&path)?.map(|metadata| metadata.ino());
             if inode.is_some() && inode != bad {
                 continue;
             }
@@ -288,12 +318,42 @@ impl Store {
     }
 }
 
+/// What came of hashing a file.
+struct Hashed {
+    /// Which one it was: device and inode. Its name may stand for another by now.
+    id: (u64, u64),
+    /// `None` if the disk does not give its bytes.
+    got: Option<Digest>,
+}
+
+/// When a file in `damaged/` was set aside, by the stamp in its name.
+pub(super) fn set_aside_at(path: &Path) -> Option<SystemTime> {
+    let (_, stamp) = path.file_name()?.to_str()?.split_once('-')?;
+    let nanoseconds = Duration::from_nanos(stamp.parse().ok()?);
+    SystemTime::UNIX_EPOCH.checked_add(nanoseconds)
+}
+
+fn id_of(file: &Metadata) -> (u64, u64) {
+    (file.dev(), file.ino())
+}
+
+/// Whether a read failed because of the bytes on disk, and not for want of something else.
+fn is_damage(error: &io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    // EUCLEAN and EBADMSG: what ext4 and XFS say to a checksum that does not hold.
+    matches!(
+        errno,
+        Some(Errno::EIO | Errno::EUCLEAN | Errno::EBADMSG | Errno::ENODATA)
+    )
+}
+
 fn hash_file(
-    path: &std::path::Path,
+    path: &Path,
     bytes: &mut u64,
     pace: &mut dyn FnMut(u64) -> ControlFlow<()>,
-) -> io::Result<ControlFlow<(), Digest>> {
+) -> io::Result<ControlFlow<(), Hashed>> {
     let mut file = File::open(path)?;
+    let id = id_of(&file.metadata()?);
     let mut verifier = Verifier::new(0, Claims::default());
     let mut buffer = vec![0; 1 << 20];
     loop {
@@ -301,6 +361,10 @@ fn hash_file(
             Ok(0) => break,
             Ok(read) => read,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) if is_damage(&error) => {
+                tracing::warn!(path = %path.display(), %error, "blob unreadable");
+                return Ok(ControlFlow::Continue(Hashed { id, got: None }));
+            }
             Err(error) => return Err(error),
         };
         verifier.update(&buffer[..read]);
@@ -309,6 +373,20 @@ fn hash_file(
             return Ok(ControlFlow::Break(()));
         }
     }
-    let digest = verifier.finish().map_err(io::Error::other)?;
-    Ok(ControlFlow::Continue(digest))
+    let got = Some(verifier.finish().map_err(io::Error::other)?);
+    Ok(ControlFlow::Continue(Hashed { id, got }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_the_disk_says_of_its_bytes_is_damage() {
+        let says = |errno: Errno| is_damage(&errno.into());
+        let bad = [Errno::EIO, Errno::EUCLEAN, Errno::EBADMSG, Errno::ENODATA];
+        let other = [Errno::EMFILE, Errno::EACCES, Errno::ENOMEM, Errno::EISDIR];
+        assert!(bad.into_iter().all(says));
+        assert!(!other.into_iter().any(says));
+    }
 }

@@ -23,7 +23,6 @@ use serde_json::json;
 
 use super::evict::remove_if_there;
 use super::pin::Holder;
-use super::snapshot::read_manifest;
 use super::{At, Store, StoreError, claim, entries, make_dirs};
 use crate::digest::GitOid;
 use crate::fault;
@@ -95,13 +94,12 @@ impl Store {
     ) -> Result<Option<(Manifest, PathBuf)>, StoreError> {
         // With the lock held nobody evicts between the look and the pin.
         let _shared = self.lock_shared()?;
-        let dir = self.snapshot_dir(id);
-        let Some((manifest, _)) = read_manifest(&dir.join("manifest.json"))? else {
+        let Some((manifest, _)) = self.published(id)? else {
             return Ok(None);
         };
         self.write_pin(id, holder)?;
         self.touch(asked, revision, id)?;
-        Ok(Some((manifest, dir.join("tree"))))
+        Ok(Some((manifest, self.snapshot_dir(id).join("tree"))))
     }
 
     /// Makes the directory of a volume, or finds it again, and pins its snapshot, whether that is here
@@ -160,7 +158,7 @@ impl Store {
         };
         let id = record.snapshot();
         let snapshot = self.snapshot_dir(&id);
-        let Some((manifest, _)) = read_manifest(&snapshot.join("manifest.json"))? else {
+        let Some((manifest, _)) = self.published(&id)? else {
             return Err(StoreError::Missing(id.to_string()));
         };
         let tree = dir.join("tree");

@@ -1,0 +1,108 @@
+//! Room for a fetch: who gets it, and what goes for it.
+
+use super::*;
+
+/// A store that may hold 10 000 bytes.
+fn small_store() -> (tempfile::TempDir, Arc<Store>) {
+    let (dir, store) = store();
+    let limits = StoreLimits {
+        max_bytes: Some(10_000),
+        ..StoreLimits::default()
+    };
+    let store = Store::open(store.root(), limits).unwrap();
+    (dir, store)
+}
+
+#[test]
+fn the_least_recently_used_goes_first_and_pins_stay() {
+    let (_dir, store) = small_store();
+    let ids: Vec<SnapshotId> = (0..3_u8)
+        .map(|n| {
+            let bytes = vec![n; 3000];
+            let id = publish(&store, &format!("m{n}"), &[("a", &bytes)]);
+            used_at(&store, &id, 1000 + u64::from(n));
+            id
+        })
+        .collect();
+    store
+        .pin(&ids[0], &Holder::operator("keep").unwrap())
+        .unwrap();
+
+    let room = store.reserve(|| 3000).unwrap();
+
+    assert_eq!(room.evicted, [ids[1].clone()]);
+    assert!(store.snapshot(&ids[0]).unwrap().is_some());
+    assert!(!store.has(Digest::of(&[1; 3000])));
+    let error = store
+        .reserve(|| 9000)
+        .expect_err("evicted a pinned snapshot");
+    assert!(matches!(error, StoreError::NoSpace { .. }), "{error}");
+    assert!(
+        store.snapshot(&ids[2]).unwrap().is_some(),
+        "evicted although it was no use"
+    );
+}
+
+#[test]
+fn what_does_not_fit_is_refused_before_its_first_byte() {
+    let (_dir, store) = store();
+    let error = store.reserve(|| 1 << 60).expect_err("reserved an exbibyte");
+    assert!(matches!(error, StoreError::NoSpace { .. }), "{error}");
+    assert!(error.hint().is_some());
+    assert!(
+        names(&store.staging()).is_empty(),
+        "{:?}",
+        names(&store.staging())
+    );
+}
+
+#[test]
+fn a_partial_download_that_is_swept_is_not_counted_on() {
+    let (_dir, store) = store();
+    let limits = StoreLimits {
+        keep_partial: Duration::ZERO,
+        ..StoreLimits::default()
+    };
+    let store = Store::open(store.root(), limits).unwrap();
+    let file = remote("a", &[7; 100_000]);
+    drop(mine(&store, &file));
+    let key = StageKey::of(&file);
+    let mut staged = None;
+
+    store
+        .reserve(|| {
+            staged = Some(store.staged_bytes(&key));
+            0
+        })
+        .unwrap();
+
+    assert_eq!(staged, Some(0));
+}
+
+#[test]
+fn withdrawn_snapshots_go_before_a_fetch_is_refused() {
+    let (_dir, store) = small_store();
+    let id = publish(&store, "m", &[("a", &[1; 8000])]);
+    fs::remove_file(store.snapshot_dir(&id).join("manifest.json")).unwrap();
+
+    store.reserve(|| 5000).unwrap();
+
+    assert!(!store.has(Digest::of(&[1; 8000])));
+}
+
+#[test]
+fn two_reservations_do_not_take_the_same_space() {
+    let (_dir, store) = small_store();
+    for _ in 0..50 {
+        let start = std::sync::Barrier::new(2);
+        let reserve = || {
+            start.wait();
+            store.reserve(|| 6000)
+        };
+        let (one, two) = std::thread::scope(|scope| {
+            let other = scope.spawn(reserve);
+            (reserve(), other.join().unwrap())
+        });
+        assert_ne!(one.is_ok(), two.is_ok(), "{one:?}, {two:?}");
+    }
+}
