@@ -24,7 +24,9 @@ enum Fault {
     Flip,
     Busy,
     NoRanges,
+    NoRangesNow,
     Denied,
+    None,
 }
 
 /// A model in memory.
@@ -148,7 +150,10 @@ impl Source for OriginSource {
                 self.0.faults.lock().unwrap().push(Fault::NoRanges);
                 return async { Err(SourceError::NoRanges { what }) }.boxed();
             }
-            Some(Fault::NoRanges) | None => {}
+            Some(Fault::NoRangesNow) => {
+                return async { Err(SourceError::NoRanges { what }) }.boxed();
+            }
+            Some(Fault::NoRanges | Fault::None) | None => {}
         }
         self.0.sent.fetch_add(bytes.len(), Ordering::Relaxed);
         let pieces: Vec<_> = bytes
@@ -179,15 +184,22 @@ fn content(size: u32) -> Vec<u8> {
         .collect()
 }
 
-fn fetcher(root: &std::path::Path, origin: &Arc<Origin>) -> Arc<Fetcher> {
-    let limits = FetchLimits {
+fn limits() -> FetchLimits {
+    FetchLimits {
         connections: 4,
         memory_bytes: 256 << 10,
         part_bytes: 16 << 10,
         attempts: 3,
         stall_timeout: Duration::from_millis(100),
         ..FetchLimits::default()
-    };
+    }
+}
+
+fn fetcher(root: &std::path::Path, origin: &Arc<Origin>) -> Arc<Fetcher> {
+    fetcher_with(root, origin, limits())
+}
+
+fn fetcher_with(root: &std::path::Path, origin: &Arc<Origin>, limits: FetchLimits) -> Arc<Fetcher> {
     let store = Store::open(root, StoreLimits::default()).unwrap();
     Fetcher::new(
         store,
@@ -349,6 +361,23 @@ async fn bytes_that_stay_wrong_are_an_error_and_leave_nothing() {
 async fn an_origin_without_ranges_is_read_from_the_start() {
     let (fetched, ..) = fetch_failing(&[Fault::NoRanges; 8]).await;
     fetched.unwrap();
+}
+
+#[tokio::test]
+async fn bytes_that_were_hashed_are_not_written_again() {
+    let dir = tempfile::tempdir().unwrap();
+    // Taken from the end: the first range is right, the second is refused, the whole body is damaged.
+    let origin = Origin::failing(&[Fault::Flip, Fault::NoRangesNow, Fault::None]);
+    let one_by_one = FetchLimits {
+        connections: 1,
+        ..limits()
+    };
+    let fetcher = fetcher_with(dir.path(), &origin, one_by_one);
+
+    let fetched = fetcher.fetch(request(&["*"])).wait().await.unwrap();
+
+    assert_tree(&fetched, &origin);
+    assert_eq!(origin.sent.load(Ordering::Relaxed), (16 << 10) + 100_000);
 }
 
 #[tokio::test]
