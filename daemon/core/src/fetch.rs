@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use futures::FutureExt;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, SemaphorePermit, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -179,6 +179,34 @@ struct Shared {
     limits: FetchLimits,
     metrics: Arc<Metrics>,
     connections: Arc<Semaphore>,
+    turns: FileTurns,
+}
+
+/// How many files are worked on at once. Each has a hasher, which holds a thread of the blocking pool:
+/// without a bound for all fetches together the hashers would leave none to the writes they wait for.
+struct FileTurns {
+    part_bytes: u64,
+    small: Semaphore,
+    large: Semaphore,
+}
+
+impl FileTurns {
+    fn new(limits: &FetchLimits) -> Self {
+        Self {
+            part_bytes: limits.part_bytes,
+            // Small files wait for their origin more than for bytes, so more of them go at once.
+            small: Semaphore::new(limits.connections.min(32)),
+            large: Semaphore::new(limits.files_in_flight),
+        }
+    }
+
+    async fn acquire(&self, file_bytes: u64) -> SemaphorePermit<'_> {
+        let turns = match file_bytes > self.part_bytes {
+            true => &self.large,
+            false => &self.small,
+        };
+        turns.acquire().await.expect("nobody closes it")
+    }
 }
 
 type Outcome = Option<Result<Fetched, FetchError>>;
@@ -282,6 +310,7 @@ impl Fetcher {
             shared: Arc::new(Shared {
                 store,
                 sources,
+                turns: FileTurns::new(&limits),
                 limits,
                 metrics,
                 connections,

@@ -5,12 +5,11 @@ use std::time::{Duration, SystemTime};
 
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
-use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use super::parts::{self, Origin, PartsError};
 use super::progress::{FileMeter, Phase};
-use super::{FetchError, Fetched, Fetcher, Job, check};
+use super::{FetchError, Fetched, Fetcher, FileTurns, Job, check};
 use crate::blocking;
 use crate::digest::{ClaimMismatch, Digest};
 use crate::errors::Chain;
@@ -254,18 +253,11 @@ impl Fetcher {
             pace: Arc::default(),
             meter: Arc::clone(&job.meter),
         };
-        // Small files wait for their origin more than for bytes, so more of them go at once.
-        let part_bytes = self.shared.limits.part_bytes;
-        let small = Semaphore::new(self.shared.limits.connections.min(32));
-        let large = Semaphore::new(self.shared.limits.files_in_flight);
+        // Of its own, too: the files of this fetch must not stand in line before those of all others.
+        let own = FileTurns::new(&self.shared.limits);
         let mut fetches: FuturesUnordered<_> = missing
             .into_iter()
             .map(|file| {
-                let turn = if file.size > part_bytes {
-                    &large
-                } else {
-                    &small
-                };
                 let one = OneFile {
                     job,
                     origin: &origin,
@@ -273,8 +265,10 @@ impl Fetcher {
                     lease,
                     room,
                 };
+                let own = &own;
                 async move {
-                    let _turn = turn.acquire().await.expect("nobody closes it");
+                    let _own = own.acquire(one.file.size).await;
+                    let _turn = self.shared.turns.acquire(one.file.size).await;
                     one.fetch().await
                 }
             })

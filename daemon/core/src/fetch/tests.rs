@@ -308,6 +308,36 @@ async fn two_processes_share_one_download() {
     assert_eq!(one.bytes_fetched + two.bytes_fetched, 5_000_000);
 }
 
+#[test]
+fn many_fetches_at_once_leave_threads_to_write_with() {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(64)
+        .enable_all()
+        .build()
+        .unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let files: Vec<_> = (0..400_u32)
+        .map(|n| (format!("{}/{n}.json", n % 100), content(20_000 + n)))
+        .collect();
+    let files: Vec<_> = files
+        .iter()
+        .map(|(path, bytes)| (path.as_str(), bytes.clone()))
+        .collect();
+    let origin = Origin::new(&files);
+    runtime.block_on(async {
+        let fetcher = fetcher(dir.path(), &origin);
+        let fetches = (0..100).map(|n| fetcher.fetch(request(&[&format!("{n}/*")])).wait());
+        let all = futures::future::join_all(fetches);
+        let all = tokio::time::timeout(Duration::from_secs(60), all).await;
+        for fetched in all.expect("the fetches hang") {
+            assert_eq!(fetched.unwrap().snapshot.manifest.files.len(), 4);
+        }
+    });
+    // What a test that fails left hanging must not keep it from ending.
+    runtime.shutdown_background();
+}
+
 #[tokio::test]
 async fn a_cut_connection_is_read_on_at_the_byte() {
     let (fetched, origin, _dir) =
