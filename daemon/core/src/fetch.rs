@@ -57,6 +57,9 @@ pub struct FetchLimits {
     pub attempts: u32,
     /// A connection over which nothing arrives for this long is replaced.
     pub stall_timeout: Duration,
+    /// A range is given up only after this time without progress, if the fetch has got bytes before: an
+    /// origin's restart or a failover takes a minute.
+    pub patience: Duration,
 }
 
 impl Default for FetchLimits {
@@ -68,6 +71,7 @@ impl Default for FetchLimits {
             files_in_flight: 8,
             attempts: 6,
             stall_timeout: Duration::from_secs(15),
+            patience: Duration::from_secs(120),
         }
     }
 }

@@ -22,7 +22,8 @@ enum Fault {
     Cut(usize),
     Stall(usize),
     Flip,
-    Busy,
+    /// For this many seconds.
+    Busy(u64),
     NoRanges,
     NoRangesNow,
     Denied,
@@ -130,11 +131,11 @@ impl Source for OriginSource {
                 stalls = true;
             }
             Some(Fault::Flip) => bytes[0] ^= 1,
-            Some(Fault::Busy) => {
+            Some(Fault::Busy(seconds)) => {
                 let error = SourceError::Unavailable {
                     what,
                     detail: "busy".into(),
-                    retry_after: Some(Duration::ZERO),
+                    retry_after: Some(Duration::from_secs(seconds)),
                 };
                 return async { Err(error) }.boxed();
             }
@@ -191,6 +192,7 @@ fn limits() -> FetchLimits {
         part_bytes: 16 << 10,
         attempts: 3,
         stall_timeout: Duration::from_millis(100),
+        patience: Duration::from_secs(2),
         ..FetchLimits::default()
     }
 }
@@ -355,9 +357,9 @@ async fn a_connection_that_delivers_nothing_is_replaced() {
 
 #[tokio::test]
 async fn a_busy_origin_is_asked_again_but_not_for_ever() {
-    let (fetched, ..) = fetch_failing(&[Fault::Busy; 2]).await;
+    let (fetched, ..) = fetch_failing(&[Fault::Busy(0); 2]).await;
     fetched.unwrap();
-    let (fetched, ..) = fetch_failing(&[Fault::Busy; 100]).await;
+    let (fetched, ..) = fetch_failing(&[Fault::Busy(0); 100]).await;
     let error = fetched.expect_err("asked for ever");
     assert!(
         Chain(&error)
@@ -369,10 +371,67 @@ async fn a_busy_origin_is_asked_again_but_not_for_ever() {
 }
 
 #[tokio::test]
+async fn an_origin_that_has_sent_bytes_is_waited_for() {
+    for (patience, survives) in [(60, true), (0, false)] {
+        let dir = tempfile::tempdir().unwrap();
+        let origin = Origin::failing(&[Fault::Busy(0), Fault::Busy(0), Fault::None]);
+        let limits = FetchLimits {
+            connections: 1,
+            attempts: 1,
+            patience: Duration::from_secs(patience),
+            ..limits()
+        };
+        let fetcher = fetcher_with(dir.path(), &origin, limits);
+        let fetched = fetcher.fetch(request(&["*"])).wait().await;
+        assert_eq!(fetched.is_ok(), survives, "{fetched:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_pause_that_an_origin_asks_for_holds_nobody_else_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let files = [("a.bin", content(50_000)), ("b.json", content(40_000))];
+    let origin = Origin::new(&files);
+    *origin.faults.lock().unwrap() = vec![Fault::Busy(300)];
+    let limits = FetchLimits {
+        connections: 1,
+        ..limits()
+    };
+    let fetcher = fetcher_with(dir.path(), &origin, limits);
+    let paused = fetcher.fetch(request(&["a.bin"]));
+    while !origin.faults.lock().unwrap().is_empty() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+
+    let other = fetcher.fetch(request(&["b.json"])).wait();
+    let other = tokio::time::timeout(Duration::from_secs(10), other).await;
+
+    other.expect("it waits for the other fetch").unwrap();
+    fetcher.shutdown(Duration::from_secs(5)).await;
+    drop(paused);
+}
+
+#[tokio::test]
+async fn a_pause_that_nobody_would_sit_out_is_an_error() {
+    let fetching = fetch_failing(&[Fault::Busy(100_000)]);
+    let fetched = tokio::time::timeout(Duration::from_secs(10), fetching).await;
+    let (fetched, ..) = fetched.expect("it sits out a day");
+    assert!(fetched.is_err(), "{fetched:?}");
+}
+
+#[tokio::test]
 async fn a_flipped_bit_is_found_and_the_file_fetched_again() {
-    let (fetched, origin, _dir) = fetch_failing(&[Fault::Flip]).await;
-    fetched.unwrap();
-    assert_eq!(origin.sent.load(Ordering::Relaxed), 200_000);
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::new(&[("a.bin", content(100_000)), ("b.json", content(500))]);
+    let fetcher = fetcher(dir.path(), &origin);
+    fetcher.fetch(request(&["b.json"])).wait().await.unwrap();
+    origin.faults.lock().unwrap().push(Fault::Flip);
+
+    let fetched = fetcher.fetch(request(&["*"])).wait().await.unwrap();
+
+    assert_tree(&fetched, &origin);
+    let counted = (fetched.bytes_fetched, fetched.bytes_reused);
+    assert_eq!(counted, (200_000, 500));
 }
 
 #[tokio::test]
@@ -464,6 +523,48 @@ async fn a_stopped_fetch_goes_on_in_the_next_process() {
 
     assert_tree(&fetched, &origin);
     assert!(second.store().recorded_fetches().unwrap().is_empty());
+}
+
+/// The staged file whose name ends so.
+fn staged(root: &std::path::Path, ending: &str) -> Option<(PathBuf, Vec<u8>)> {
+    let entries = fs::read_dir(root.join("staging")).unwrap();
+    let mut paths = entries.map(|entry| entry.unwrap().path());
+    let path = paths.find(|path| path.extension().is_some_and(|part| part == ending))?;
+    let bytes = fs::read(&path).unwrap();
+    Some((path, bytes))
+}
+
+#[tokio::test]
+async fn bytes_that_the_disk_lost_are_noticed_while_others_still_come() {
+    let dir = tempfile::tempdir().unwrap();
+    // Each of the four connections brings a block, and then nothing more.
+    let faults = [vec![Fault::Stall(0); 40], vec![Fault::Stall(9000); 4]].concat();
+    let origin = Origin::failing(&faults);
+    let first = fetcher(dir.path(), &origin);
+    let fetch = first.fetch(request(&["*"]));
+    while staged(dir.path(), "journal").is_none_or(|(_, bytes)| bytes.len() < 4 * 32) {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    first.shutdown(Duration::from_secs(5)).await;
+    drop(fetch);
+    let (part, mut bytes) = staged(dir.path(), "part").unwrap();
+    bytes.iter_mut().for_each(|byte| *byte ^= 1);
+    fs::write(part, bytes).unwrap();
+    let patient = FetchLimits {
+        stall_timeout: Duration::from_secs(3600),
+        ..limits()
+    };
+    // Whatever is read next hangs, until the damage is found and all is read anew.
+    *origin.faults.lock().unwrap() = vec![Fault::Stall(0); 4];
+
+    let second = fetcher_with(dir.path(), &origin, patient);
+    let fetched = second.fetch(request(&["*"])).wait();
+    let fetched = tokio::time::timeout(Duration::from_secs(10), fetched).await;
+
+    assert_tree(
+        &fetched.expect("the damage goes unnoticed").unwrap(),
+        &origin,
+    );
 }
 
 #[tokio::test]
