@@ -525,6 +525,63 @@ async fn a_stopped_fetch_goes_on_in_the_next_process() {
     assert!(second.store().recorded_fetches().unwrap().is_empty());
 }
 
+/// An origin that is away the first few times.
+struct Away(Arc<Origin>, AtomicUsize);
+
+impl Sources for Away {
+    fn open(&self, model: &ModelRef) -> Result<Arc<dyn Source>, SourceError> {
+        let left = |left: usize| left.checked_sub(1);
+        let (relaxed, what) = (Ordering::Relaxed, model.to_string());
+        match self.1.fetch_update(relaxed, relaxed, left) {
+            Err(_) => Only(Arc::clone(&self.0)).open(model),
+            Ok(_) => Err(SourceError::Unavailable {
+                what,
+                detail: "away".to_owned(),
+                retry_after: None,
+            }),
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_fetch_on_record_outlives_an_origin_that_is_away() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::new(&[("a.bin", content(5000))]);
+    let store = Store::open(dir.path(), StoreLimits::default()).unwrap();
+    let sources = Arc::new(Away(Arc::clone(&origin), AtomicUsize::new(4)));
+    let fetcher = Fetcher::new(store, sources, limits(), Arc::default());
+
+    fetcher.fetch(request(&["*"])).wait().await.unwrap_err();
+    let on_record = || fetcher.store().recorded_fetches().unwrap().len();
+    assert_eq!(on_record(), 1, "its record is lost");
+
+    assert_eq!(fetcher.resume().unwrap(), 1);
+    while on_record() > 0 {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    assert_tree(
+        &fetcher.fetch(request(&["*"])).wait().await.unwrap(),
+        &origin,
+    );
+}
+
+#[tokio::test]
+async fn a_record_that_stays_spoils_no_fetch() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::failing(&[Fault::Stall(0)]);
+    let fetcher = fetcher(dir.path(), &origin);
+    let fetch = fetcher.fetch(request(&["*"]));
+    while origin.reads.lock().unwrap().is_empty() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let records = fs::read_dir(dir.path().join("fetches")).unwrap();
+    for record in records.map(|entry| entry.unwrap().path()) {
+        fs::remove_file(&record).unwrap();
+        fs::create_dir(&record).unwrap();
+    }
+    assert_tree(&fetch.wait().await.unwrap(), &origin);
+}
+
 /// The staged file whose name ends so.
 fn staged(root: &std::path::Path, ending: &str) -> Option<(PathBuf, Vec<u8>)> {
     let entries = fs::read_dir(root.join("staging")).unwrap();
