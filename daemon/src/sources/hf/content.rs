@@ -183,7 +183,8 @@ impl Reader<'_> {
             let (response, address) = self.get(address).await?;
             let status = response.status();
             let signed = matches!(address, Address::Elsewhere(_));
-            if !signed || !matches!(status.as_u16(), 401 | 403) {
+            // Some stores answer 400 to a signature that has expired.
+            if !signed || !matches!(status.as_u16(), 400 | 401 | 403) {
                 return self.accept(response, &address);
             }
             if attempt == ADDRESSES {
