@@ -49,3 +49,25 @@ async fn an_address_that_a_cdn_calls_a_bad_request_is_renewed() {
     read(&source, &listing.files[1], 0..10).await.unwrap();
     assert_eq!(world.hub.count("HEAD", "/resolve/"), 2);
 }
+
+#[tokio::test]
+async fn a_read_does_not_sit_a_rate_limit_out() {
+    let reply = || answer(429, &[("ratelimit", r#""resolvers";r=0;t=4"#)], "");
+    let world = World::new(first(1, "/resolve/", reply), no_fault()).await;
+    let (source, listing) = world.listed().await;
+    for file in &listing.files {
+        let reading = read(&source, file, 0..10);
+        let reading = tokio::time::timeout(Duration::from_secs(10), reading).await;
+        let error = reading
+            .expect("it holds a connection meanwhile")
+            .unwrap_err();
+        let SourceError::Unavailable { retry_after, .. } = &error else {
+            panic!("{error}")
+        };
+        assert!(retry_after.unwrap() > Duration::from_secs(2), "{error:?}");
+    }
+    assert_eq!(
+        world.hub.count("GET", "/resolve/") + world.hub.count("HEAD", "/resolve/"),
+        1
+    );
+}
