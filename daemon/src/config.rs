@@ -350,6 +350,7 @@ impl Config {
             files_in_flight: self.fetch.files_in_flight,
             attempts: self.fetch.attempts,
             stall_timeout: self.fetch.stall_timeout.0,
+            ..FetchLimits::default()
         }
     }
 

@@ -6,11 +6,11 @@
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use futures::FutureExt;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, SemaphorePermit, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -57,6 +57,9 @@ pub struct FetchLimits {
     pub attempts: u32,
     /// A connection over which nothing arrives for this long is replaced.
     pub stall_timeout: Duration,
+    /// A range is given up only after this time without progress, if the fetch has got bytes before: an
+    /// origin's restart or a failover takes a minute.
+    pub patience: Duration,
 }
 
 impl Default for FetchLimits {
@@ -68,6 +71,7 @@ impl Default for FetchLimits {
             files_in_flight: 8,
             attempts: 6,
             stall_timeout: Duration::from_secs(15),
+            patience: Duration::from_secs(120),
         }
     }
 }
@@ -160,6 +164,18 @@ impl FetchError {
             Self::Defect { .. } => Some("please report it with the log".to_owned()),
         }
     }
+
+    /// Whether the same request may succeed later, with nothing done about it.
+    fn may_pass(&self) -> bool {
+        match self {
+            Self::Source { source, .. } => matches!(source, SourceError::Unavailable { .. }),
+            Self::Stopped { .. } => true,
+            Self::Store { .. }
+            | Self::Mismatch { .. }
+            | Self::Broken { .. }
+            | Self::Defect { .. } => false,
+        }
+    }
 }
 
 /// Fetches models into one store, from any source.
@@ -179,6 +195,34 @@ struct Shared {
     limits: FetchLimits,
     metrics: Arc<Metrics>,
     connections: Arc<Semaphore>,
+    turns: FileTurns,
+}
+
+/// How many files are worked on at once. Each has a hasher, which holds a thread of the blocking pool:
+/// without a bound for all fetches together the hashers would leave none to the writes they wait for.
+struct FileTurns {
+    part_bytes: u64,
+    small: Semaphore,
+    large: Semaphore,
+}
+
+impl FileTurns {
+    fn new(limits: &FetchLimits) -> Self {
+        Self {
+            part_bytes: limits.part_bytes,
+            // Small files wait for their origin more than for bytes, so more of them go at once.
+            small: Semaphore::new(limits.connections.min(32)),
+            large: Semaphore::new(limits.files_in_flight),
+        }
+    }
+
+    async fn acquire(&self, file_bytes: u64) -> SemaphorePermit<'_> {
+        let turns = match file_bytes > self.part_bytes {
+            true => &self.large,
+            false => &self.small,
+        };
+        turns.acquire().await.expect("nobody closes it")
+    }
 }
 
 type Outcome = Option<Result<Fetched, FetchError>>;
@@ -192,6 +236,39 @@ struct Job {
     /// Where the verified files are until the snapshot is published.
     tree: watch::Sender<Option<PathBuf>>,
     outcome: watch::Sender<Outcome>,
+}
+
+/// Takes a fetch off the list and tells all who wait, however its task ends.
+struct Ending<'a> {
+    fetcher: &'a Fetcher,
+    job: &'a Job,
+    outcome: Result<Fetched, FetchError>,
+}
+
+impl<'a> Ending<'a> {
+    fn new(fetcher: &'a Fetcher, job: &'a Job) -> Self {
+        fetcher.shared.metrics.fetches_active.inc();
+        Self {
+            fetcher,
+            job,
+            outcome: Err(FetchError::Defect {
+                model: job.request.model.clone(),
+            }),
+        }
+    }
+}
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.fetcher.shared.metrics.fetches_active.dec();
+        let outcome = std::mem::replace(&mut self.outcome, Err(self.job.stopped()));
+        // First off the list, then the news: who asks again after it gets a new fetch.
+        let active = self.fetcher.active.lock();
+        let mut active = active.unwrap_or_else(PoisonError::into_inner);
+        active.remove(&self.job.request);
+        drop(active);
+        self.job.outcome.send_replace(Some(outcome));
+    }
 }
 
 /// A caller's view of a fetch, which goes on without it.
@@ -283,6 +360,7 @@ impl Fetcher {
             shared: Arc::new(Shared {
                 store,
                 sources,
+                turns: FileTurns::new(&limits),
                 limits,
                 metrics,
                 connections,
@@ -329,8 +407,7 @@ impl Fetcher {
     }
 
     async fn run(self: Arc<Self>, job: Arc<Job>) {
-        let metrics = &self.shared.metrics;
-        metrics.fetches_active.inc();
+        let mut ending = Ending::new(&self, &job);
         let work = AssertUnwindSafe(self.recorded(&job)).catch_unwind();
         let outcome = tokio::select! {
             biased;
@@ -346,28 +423,28 @@ impl Fetcher {
                 "failed"
             }
         };
+        let metrics = &self.shared.metrics;
         metrics.fetch_ended(job.request.model.scheme(), ended, job.meter.elapsed());
-        metrics.fetches_active.dec();
-        // First off the list, then the news: who asks again after it gets a new fetch.
-        self.active
-            .lock()
-            .expect("no holder of this lock panics")
-            .remove(&job.request);
-        job.outcome.send_replace(Some(outcome));
+        ending.outcome = outcome;
     }
 
-    /// Brings the snapshot, on record: if this process dies, the next one goes on.
+    /// Brings the snapshot, on record: if this process dies, the next one goes on. It does so as well if
+    /// the origin is only unavailable.
     async fn recorded(&self, job: &Job) -> Result<Fetched, FetchError> {
         let record = job.request.clone();
         job.on_store(&self.shared.store, move |store| store.record_fetch(&record))
             .await?;
         let outcome = self.bring(job).await;
-        let record = job.request.clone();
         if let Ok(fetched) = &outcome {
             self.note_rate(job, fetched).await;
         }
-        job.on_store(&self.shared.store, move |store| store.forget_fetch(&record))
-            .await?;
+        if !outcome.as_ref().is_err_and(FetchError::may_pass) {
+            let record = job.request.clone();
+            let forget = move |store: &Arc<Store>| store.forget_fetch(&record);
+            if let Err(error) = job.on_store(&self.shared.store, forget).await {
+                tracing::warn!(error = %Chain(&error), "the record of a fetch stays, it will run again");
+            }
+        }
         outcome
     }
 
@@ -413,7 +490,8 @@ impl Fetcher {
         &self.shared.store
     }
 
-    /// Goes on with the fetches that an earlier process left under way; returns how many.
+    /// Goes on with the fetches that an earlier process left under way, for as long as it takes; returns
+    /// how many.
     ///
     /// # Errors
     ///
@@ -423,9 +501,38 @@ impl Fetcher {
         let count = records.len();
         for record in records {
             tracing::info!(model = %record.model, "resuming a fetch");
-            drop(self.fetch(record));
+            let fetcher = Arc::clone(self);
+            self.tasks
+                .spawn(async move { drop(fetcher.keep_trying(record).await) });
         }
         Ok(count)
+    }
+
+    /// Fetches, and again after pauses that grow from 5 s to 5 min, as long as the origin is only
+    /// unavailable.
+    ///
+    /// # Errors
+    ///
+    /// [`FetchError`]; that the origin is unavailable only if this process is ending.
+    pub async fn keep_trying(
+        self: &Arc<Self>,
+        request: FetchRequest,
+    ) -> Result<Fetched, FetchError> {
+        const LONGEST: Duration = Duration::from_secs(300);
+        let mut pause = Duration::from_secs(5);
+        loop {
+            let outcome = self.fetch(request.clone()).wait().await;
+            let again = outcome.as_ref().is_err_and(FetchError::may_pass);
+            if !again || self.stop.is_cancelled() {
+                return outcome;
+            }
+            tracing::info!(model = %request.model, pause_s = pause.as_secs(), "trying again later");
+            tokio::select! {
+                () = self.stop.cancelled() => return outcome,
+                () = tokio::time::sleep(pause) => {}
+            }
+            pause = (pause * 2).min(LONGEST);
+        }
     }
 
     /// Stops all fetches and waits, at most `deadline`, until they have let go. What they brought is on

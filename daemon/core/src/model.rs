@@ -396,6 +396,8 @@ impl Patterns {
         let sharded = |path: &str| path.starts_with("model") && path.ends_with(".safetensors");
         if default && { paths }.any(sharded) {
             left_out.push("consolidated*.safetensors".to_owned());
+            // It would name shards that are not there.
+            left_out.push("consolidated*.safetensors.index.json".to_owned());
         }
         let include = if default {
             own(DEFAULT_INCLUDE)

@@ -183,6 +183,12 @@ impl SourceError {
     }
 }
 
+/// No file is larger: 1 PiB.
+const FILE_BYTES: u64 = 1 << 50;
+
+/// No model is larger: 1 EiB. Else sums of sizes could overflow.
+const MODEL_BYTES: u64 = 1 << 60;
+
 /// Chooses files from all that an origin lists: `(path, anything)`, in any order.
 ///
 /// Returns the chosen ones sorted by path, and what was left out.
@@ -190,7 +196,7 @@ impl SourceError {
 /// # Errors
 ///
 /// [`SourceError::Invalid`] if a path that is not excluded could leave the snapshot, if two paths
-/// cannot stand in one tree, or if nothing is chosen.
+/// cannot stand in one tree, if a size is absurd, or if nothing is chosen.
 #[allow(
     clippy::type_complexity,
     reason = "a pair of plain lists reads better than a type for it"
@@ -207,6 +213,7 @@ pub fn select<T>(
     };
     let selector = patterns.selector(files.iter().map(|(path, ..)| path.as_str()));
     let total = files.len();
+    check_sizes(&files).map_err(|detail| invalid(detail, None))?;
     let mut chosen = Vec::new();
     let mut left_out = LeftOut::default();
     for (path, size, file) in files {
@@ -256,6 +263,21 @@ pub fn select<T>(
         }
     }
     Ok((chosen, left_out))
+}
+
+/// Refuses sizes that no file and no model has.
+fn check_sizes<T>(files: &[(String, u64, T)]) -> Result<(), String> {
+    let mut sum = 0_u64;
+    for (path, bytes, _) in files {
+        sum = sum.saturating_add(*bytes);
+        if *bytes > FILE_BYTES || sum > MODEL_BYTES {
+            let path = path.escape_debug();
+            return Err(format!(
+                "it lists `{path}` with {bytes} bytes, more than there can be"
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn unsafe_path(
@@ -308,6 +330,7 @@ mod tests {
             "pytorch_model.bin.index.json",
             "scheduler.pkl",
             "tf_model.h5",
+            "consolidated.safetensors.index.json",
         ];
         let mut expected = all[..8]
             .iter()
@@ -315,10 +338,11 @@ mod tests {
             .collect::<Vec<_>>();
         expected.sort();
         assert_eq!(run(&all, &[], &[]).unwrap(), expected);
-        assert_eq!(
-            run(&["consolidated.safetensors"], &[], &[]).unwrap(),
-            ["consolidated.safetensors"]
-        );
+        let alone = [
+            "consolidated.safetensors",
+            "consolidated.safetensors.index.json",
+        ];
+        assert_eq!(run(&alone, &[], &[]).unwrap(), alone);
     }
 
     #[test]
@@ -346,6 +370,20 @@ mod tests {
             run(&["config.json", "../x"], &[], &["../*"]).unwrap(),
             ["config.json"]
         );
+    }
+
+    #[test]
+    fn an_absurd_size_is_refused() {
+        let model: ModelRef = "hf://org/model".parse().unwrap();
+        let sized = |size, count: u32| {
+            let files = (0..count).map(|n| (format!("{n}.json"), size, ()));
+            select(&model, files.collect(), &Patterns::default())
+        };
+        assert!(sized(1 << 50, 2).is_ok());
+        for error in [sized((1 << 50) + 1, 1), sized(1 << 50, 20_000)] {
+            let error = error.unwrap_err().to_string();
+            assert!(error.contains("more than there can be"), "{error}");
+        }
     }
 
     #[test]

@@ -66,8 +66,9 @@ impl DirectorySource {
         let place = Arc::clone(&self.place);
         let found = blocking::run(move || walk::walk(&place)).await?;
         let line = |file: &Found| {
-            let mark = &file.mark;
-            format!("{}\0{}\0{}", file.path, mark.size, mark.modified_ns)
+            let (path, mark) = (&file.path, &file.mark);
+            let (modified, changed) = (mark.modified_ns, mark.changed_ns);
+            format!("{path}\0{}\0{modified}\0{changed}", mark.size)
         };
         Ok((Revision::of_listing(found.iter().map(line)), found))
     }

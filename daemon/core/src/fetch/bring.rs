@@ -5,12 +5,11 @@ use std::time::{Duration, SystemTime};
 
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
-use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use super::parts::{self, Origin, PartsError};
 use super::progress::{FileMeter, Phase};
-use super::{FetchError, Fetched, Fetcher, Job, check};
+use super::{FetchError, Fetched, Fetcher, FileTurns, Job, check};
 use crate::blocking;
 use crate::digest::{ClaimMismatch, Digest};
 use crate::errors::Chain;
@@ -109,7 +108,11 @@ impl Fetcher {
         };
         let bytes = snapshot.manifest.bytes();
         let bytes_fetched = job.meter.bytes_fetched();
-        let bytes_reused = bytes.saturating_sub(bytes_fetched);
+        // Not the difference: bytes that proved wrong were fetched twice.
+        let bytes_reused = match bytes_fetched {
+            0 => bytes,
+            _ => job.meter.bytes_found().min(bytes),
+        };
         let elapsed = job.meter.elapsed();
         self.shared
             .metrics
@@ -150,10 +153,11 @@ impl Fetcher {
             let SourceError::Unavailable { retry_after, .. } = &error else {
                 return Err(job.source_error(error));
             };
-            if failures >= self.shared.limits.attempts {
+            let again = failures < self.shared.limits.attempts;
+            let pause = parts::pause(failures, *retry_after).filter(|_| again);
+            let Some(pause) = pause else {
                 return Err(job.source_error(error));
-            }
-            let pause = retry_after.unwrap_or_else(|| parts::backoff(failures));
+            };
             tracing::debug!(model = %job.request.model, failures, %error, "origin unavailable, asking again");
             tokio::time::sleep(pause).await;
         }
@@ -260,18 +264,11 @@ impl Fetcher {
             pace: Arc::default(),
             meter: Arc::clone(&job.meter),
         };
-        // Small files wait for their origin more than for bytes, so more of them go at once.
-        let part_bytes = self.shared.limits.part_bytes;
-        let small = Semaphore::new(self.shared.limits.connections.min(32));
-        let large = Semaphore::new(self.shared.limits.files_in_flight);
+        // Of its own, too: the files of this fetch must not stand in line before those of all others.
+        let own = FileTurns::new(&self.shared.limits);
         let mut fetches: FuturesUnordered<_> = missing
             .into_iter()
             .map(|file| {
-                let turn = if file.size > part_bytes {
-                    &large
-                } else {
-                    &small
-                };
                 let one = OneFile {
                     job,
                     origin: &origin,
@@ -279,8 +276,10 @@ impl Fetcher {
                     lease,
                     room,
                 };
+                let own = &own;
                 async move {
-                    let _turn = turn.acquire().await.expect("nobody closes it");
+                    let _own = own.acquire(one.file.size).await;
+                    let _turn = self.shared.turns.acquire(one.file.size).await;
                     one.fetch().await
                 }
             })
@@ -392,7 +391,8 @@ struct OneFile<'a> {
 /// What came of one try at a file.
 enum Tried {
     Here(FileEntry),
-    Torn,
+    /// So many bytes of an earlier run.
+    Torn(u64),
     Wrong(ClaimMismatch),
 }
 
@@ -401,15 +401,18 @@ impl OneFile<'_> {
         let meter = self.job.meter.file();
         let (mut wrong, mut torn) = (0, 0);
         loop {
-            match self.try_once(&meter).await? {
+            match self.try_once(&meter, wrong + torn == 0).await? {
                 Tried::Here(entry) => {
                     meter.set(entry.size);
                     return Ok(entry);
                 }
-                Tried::Torn => torn += 1,
+                Tried::Torn(bytes) => {
+                    torn += 1;
+                    meter.lost(bytes);
+                }
                 Tried::Wrong(source) => {
                     wrong += 1;
-                    meter.set(0);
+                    meter.found(0);
                     self.origin.shared.metrics.mismatched(self.origin.scheme);
                     let path = self.file.path.clone();
                     tracing::warn!(%path, error = %Chain(&source), wrong, "wrong bytes, fetching the file again");
@@ -436,7 +439,8 @@ impl OneFile<'_> {
         }
     }
 
-    async fn try_once(&self, meter: &FileMeter<'_>) -> Result<Tried, FetchError> {
+    /// `first` says that the room for the file was not taken yet.
+    async fn try_once(&self, meter: &FileMeter<'_>, first: bool) -> Result<Tried, FetchError> {
         let claim = loop {
             let key = StageKey::of(&self.file);
             match self.on_store(move |store, _, _| store.claim(&key)).await? {
@@ -447,16 +451,25 @@ impl OneFile<'_> {
         // Looked up with the claim in hand: whoever had it before may have sealed the bytes.
         let looked = self.on_store(link_if_here);
         if let Some(entry) = looked.await? {
+            meter.found(entry.size);
             return Ok(Tried::Here(entry));
         }
         let room = Arc::clone(self.room);
         let part = self
             .on_store(move |store, _, file| {
-                room.take(file.size);
+                if first {
+                    // No more than was reserved: the rest is room for other files.
+                    let staged = store.staged_bytes(&StageKey::of(file));
+                    room.take(file.size.saturating_sub(staged));
+                }
                 claim.stage(store, file.size)
             })
             .await?;
-        meter.found(part.present());
+        match first {
+            true => meter.found(part.present()),
+            // Some of it this fetch itself has brought.
+            false => meter.set(part.present()),
+        }
         let begun = Instant::now();
         match parts::download(self.origin, &self.file, &part, meter).await {
             Ok(digest) => {
@@ -472,7 +485,7 @@ impl OneFile<'_> {
             }
             Err(PartsError::Hash(HashError::Torn { bytes })) => {
                 tracing::warn!(path = %self.file.path, bytes, "bytes of an earlier run are damaged, fetching them again");
-                Ok(Tried::Torn)
+                Ok(Tried::Torn(bytes))
             }
             Err(PartsError::Hash(HashError::Mismatch(mismatch))) => {
                 self.on_store(move |_, _, _| part.discard()).await?;

@@ -3,6 +3,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use safetensors::SafeTensors;
@@ -10,6 +12,12 @@ use serde::Deserialize;
 
 use crate::manifest::FileEntry;
 use crate::model::RelPath;
+
+/// The largest index of shards that is read: 64 MiB. That of a model with 100,000 tensors has 10 MiB.
+const INDEX_BYTES: u64 = 64 << 20;
+
+/// What the headers of all shards may have together: 1 GiB, as all of it is held in memory.
+const HEADER_BYTES: u64 = 1 << 30;
 
 /// A safetensors file, or an index of them, that no loader could read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -36,27 +44,48 @@ struct Index {
 ///
 /// [`CheckError`] for the first broken file.
 pub(crate) fn model(tree: &Path, files: &[FileEntry], whole: bool) -> Result<(), CheckError> {
+    let ending = |end: &'static str| {
+        let files = files.iter();
+        files.filter(move |file| file.path.as_str().ends_with(end))
+    };
+    let broken = |file: &FileEntry| {
+        let path = file.path.clone();
+        |reason| CheckError { path, reason }
+    };
+    let mut headers = 0_u64;
+    for file in ending(".safetensors") {
+        let length = header_bytes(&tree.join(&file.path)).map_err(broken(file))?;
+        headers = headers.saturating_add(length.min(file.size));
+        if headers > HEADER_BYTES {
+            let reason = "with it the headers of all shards take more than 1 GiB".to_owned();
+            return Err(broken(file)(reason));
+        }
+    }
     let mut tensors: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
-    for file in files
-        .iter()
-        .filter(|file| file.path.as_str().ends_with(".safetensors"))
-    {
-        let names = shard(&tree.join(&file.path)).map_err(|reason| CheckError {
-            path: file.path.clone(),
-            reason,
-        })?;
+    for file in ending(".safetensors") {
+        let names = shard(&tree.join(&file.path)).map_err(broken(file))?;
         tensors.insert(file.path.as_str(), names);
     }
-    for file in files
-        .iter()
-        .filter(|file| file.path.as_str().ends_with(".safetensors.index.json"))
-    {
-        index(tree, &file.path, &tensors, whole).map_err(|reason| CheckError {
-            path: file.path.clone(),
-            reason,
-        })?;
+    for file in ending(".safetensors.index.json") {
+        if file.size > INDEX_BYTES {
+            let size = file.size;
+            let reason = format!("an index of {size} bytes is refused: at most 64 MiB are read");
+            return Err(broken(file)(reason));
+        }
+        index(tree, &file.path, &tensors, whole).map_err(broken(file))?;
     }
     Ok(())
+}
+
+/// What a shard says of its header's length; 0 if it is too short even for that, which [`shard`] tells.
+fn header_bytes(path: &Path) -> Result<u64, String> {
+    let mut length = [0; 8];
+    let file = File::open(path).map_err(|error| error.to_string())?;
+    match file.read_exact_at(&mut length, 0) {
+        Ok(()) => Ok(u64::from_le_bytes(length)),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(0),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 /// The names of a shard's tensors, if its header is sound and fits the file.
@@ -201,5 +230,34 @@ mod tests {
         let lacks = check(&with(map(r#"{"b":"m.safetensors"}"#)), false).unwrap_err();
         assert!(lacks.contains("does not hold it"), "{lacks}");
         assert!(check(&with(b"[]".to_vec()), true).is_err());
+    }
+
+    #[test]
+    fn what_would_fill_the_memory_is_not_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let entry = |name: &str, start: &[u8], size: u64| {
+            let file = File::create(dir.path().join(name)).unwrap();
+            file.write_all_at(start, 0).unwrap();
+            file.set_len(size).unwrap();
+            FileEntry {
+                path: RelPath::new(name).unwrap(),
+                size,
+                sha256: Digest::of(start),
+                git_oid: None,
+                xet_hash: None,
+            }
+        };
+        let index = entry("m.safetensors.index.json", b"{", (64 << 20) + 1);
+        let error = model(dir.path(), &[index], true).unwrap_err().to_string();
+        assert!(error.contains("at most 64 MiB"), "{error}");
+
+        let header = 90_u64 << 20;
+        let shards = (0..12).map(|n| {
+            let name = format!("{n}.safetensors");
+            entry(&name, &header.to_le_bytes(), header + 8)
+        });
+        let shards: Vec<_> = shards.collect();
+        let error = model(dir.path(), &shards, true).unwrap_err().to_string();
+        assert!(error.contains("more than 1 GiB"), "{error}");
     }
 }

@@ -11,7 +11,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::pace::Pace;
+use super::pace::{Gait, Pace};
 use super::progress::FileMeter;
 use super::{FetchLimits, Shared};
 use crate::blocking;
@@ -68,20 +68,27 @@ pub(super) async fn download(
 ) -> Result<Digest, PartsError> {
     let verifier = Verifier::new(file.size, file.claims);
     let hashed = Arc::clone(part);
-    let hashing = tokio::spawn(blocking::run(move || hashed.hash(verifier)));
-    let close = CloseOnDrop(part);
-    match fetch_ranges(origin, file, part, meter).await {
-        Err(PartsError::Source(SourceError::NoRanges { .. })) => {
-            let mut range = Ranged::new(origin, file, part, 0..file.size);
-            range.from_start = true;
-            range.fetch().await?;
+    let mut hashing = tokio::spawn(blocking::run(move || hashed.hash(verifier)));
+    let _close = CloseOnDrop(part);
+    let fetching = async {
+        match fetch_ranges(origin, file, part, meter).await {
+            Err(PartsError::Source(SourceError::NoRanges { .. })) => {
+                let mut range = Ranged::new(origin, file, part, 0..file.size);
+                range.from_start = true;
+                range.fetch(Connection::new(&origin.shared).await).await
+            }
+            result => result,
         }
-        result => result?,
-    }
-    let digest = hashing
-        .await
-        .expect("hashing neither panics nor is cancelled");
-    drop(close);
+    };
+    // The hasher may fail long before the last byte is here: what follows would be fetched in vain.
+    let digest = tokio::select! {
+        digest = &mut hashing => digest,
+        fetched = fetching => {
+            fetched?;
+            hashing.await
+        }
+    };
+    let digest = digest.expect("hashing neither panics nor is cancelled");
     digest.map_err(PartsError::Hash)
 }
 
@@ -96,17 +103,18 @@ async fn fetch_ranges(
     let mut under_way = JoinSet::new();
     let base = part.present();
     let mut refresh = tokio::time::interval(Duration::from_millis(100));
+    let most = origin.shared.limits.connections;
     // Kept across turns of the loop, so that this file keeps its place among those that wait.
-    let connection = || Arc::clone(&origin.shared.connections).acquire_owned();
+    let connection = || Connection::new(&origin.shared);
     let mut next = std::pin::pin!(connection());
     loop {
         tokio::select! {
-            permit = &mut next, if !ranges.is_empty() => {
+            // A range that pauses holds no connection, but is under way: while the origin is away not
+            // all ranges should ask for it in turn.
+            connected = &mut next, if !ranges.is_empty() && under_way.len() < most => {
                 next.set(connection());
-                let permit = permit.expect("nobody closes it");
                 let range = ranges.pop_front().expect("guarded above");
-                let ranged = Ranged::new(origin, file, part, range);
-                under_way.spawn(async move { ranged.fetch_with(permit).await });
+                under_way.spawn(Ranged::new(origin, file, part, range).fetch(connected));
             }
             Some(ended) = under_way.join_next() => {
                 ended.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))?;
@@ -176,42 +184,45 @@ impl Ranged {
         }
     }
 
-    async fn fetch_with(self, _permit: OwnedSemaphorePermit) -> Result<(), PartsError> {
-        let _open = Open::new(&self.origin.shared.metrics);
-        self.fetch().await
-    }
-
     /// Reads the range to its end, over as many connections as that takes.
-    async fn fetch(mut self) -> Result<(), PartsError> {
-        let limits = self.origin.shared.limits;
-        let mut failures = 0;
+    async fn fetch(mut self, first: Connection) -> Result<(), PartsError> {
+        let mut connection = Some(first);
+        let mut patience = Patience::new(self.at);
         while self.at < self.range.end {
-            let before = self.at;
-            let Err(ended) = self.read_on(failures).await else {
+            let connected = match connection.take() {
+                Some(connected) => connected,
+                None => Connection::new(&self.origin.shared).await,
+            };
+            let Err(ended) = self.read_on(patience.failures).await else {
                 continue;
             };
-            if self.at > before {
-                failures = 0;
-            }
-            failures += 1;
-            let (reason, retry_after, error) = self.explain(ended)?;
-            if failures >= limits.attempts {
-                return Err(error.into());
-            }
-            self.origin
-                .shared
-                .metrics
-                .retried(self.origin.scheme, reason);
-            let path = &self.file.path;
-            tracing::debug!(%path, offset = self.at, reason, failures, %error, "range broke off, reading on");
-            let pause = match reason {
-                "slow" | "stalled" => Duration::ZERO,
-                _ => retry_after.unwrap_or_else(|| backoff(failures)),
-            };
-            tokio::time::sleep(pause).await;
+            // Others may use it while this range pauses.
+            drop(connected);
+            self.pause(ended, &mut patience).await?;
         }
         let (part, range) = (Arc::clone(&self.part), self.range.clone());
         blocking::run(move || part.start_write_back(range)).await;
+        Ok(())
+    }
+
+    /// Waits before the next connection, unless there should be none.
+    async fn pause(&self, ended: Ended, patience: &mut Patience) -> Result<(), PartsError> {
+        let Origin { shared, meter, .. } = &self.origin;
+        let failures = patience.failed(self.at, &shared.limits);
+        let (reason, retry_after, error) = self.explain(ended)?;
+        let pause = match reason {
+            "slow" | "stalled" => Some(Duration::ZERO),
+            _ => pause(failures, retry_after),
+        };
+        // An origin that has sent nothing at all may be gone for good. One that has comes back.
+        let out = patience.is_out(&shared.limits, meter.bytes_fetched() > 0);
+        let Some(pause) = pause.filter(|_| !out) else {
+            return Err(error.into());
+        };
+        shared.metrics.retried(self.origin.scheme, reason);
+        let path = &self.file.path;
+        tracing::debug!(%path, offset = self.at, reason, failures, %error, "range broke off, reading on");
+        tokio::time::sleep(pause).await;
         Ok(())
     }
 
@@ -286,8 +297,7 @@ impl Ranged {
                 .shared
                 .metrics
                 .fetched(self.origin.scheme, bytes.len() as u64);
-            // A connection that was replaced once for crawling is given its time: the path may be slow.
-            let crawls = runner.crawls(bytes.len() as u64) && failures == 0;
+            let gait = runner.count(bytes.len() as u64);
             let dropped = skip.min(bytes.len() as u64);
             skip -= dropped;
             let left = self.range.end - self.at - block.bytes;
@@ -299,8 +309,11 @@ impl Ranged {
                 self.write(&mut block).await?;
                 runner.waited(begun.elapsed());
             }
-            if crawls {
-                break Err(Ended::Slow);
+            match gait {
+                // One that was replaced once for crawling is given its time: the path may be slow.
+                Gait::Crawls if failures == 0 => break Err(Ended::Slow),
+                Gait::Stands => break Err(Ended::Slow),
+                Gait::Crawls | Gait::Runs => {}
             }
         };
         // What arrived is kept, however the connection ended: the next one reads on from there.
@@ -336,25 +349,77 @@ impl Block {
     }
 }
 
-/// A pause before the next try: up to 0.2 s, 0.4 s, … 10 s, at random so that a crowd spreads out.
-pub(super) fn backoff(failures: u32) -> Duration {
+/// How long a range goes on without getting anywhere.
+struct Patience {
+    failures: u32,
+    /// Where it was when it last got on, and when.
+    mark: u64,
+    since: Instant,
+}
+
+impl Patience {
+    fn new(at: u64) -> Self {
+        Self {
+            failures: 0,
+            mark: at,
+            since: Instant::now(),
+        }
+    }
+
+    /// Counts a connection that ended at byte `at`; returns how many did without getting on.
+    fn failed(&mut self, at: u64, limits: &FetchLimits) -> u32 {
+        // A few bytes on each connection are no progress: it would go on like that for days.
+        if at - self.mark >= limits.block_bytes() {
+            *self = Self::new(at);
+        }
+        self.failures += 1;
+        self.failures
+    }
+
+    fn is_out(&self, limits: &FetchLimits, bytes_came: bool) -> bool {
+        let waited = self.since.elapsed() >= limits.patience;
+        self.failures >= limits.attempts && (waited || !bytes_came)
+    }
+}
+
+/// The longest pause that an origin may ask for.
+///
+/// Source: the Hub's rate limits, whose windows last 300 s.
+const LONGEST_PAUSE: Duration = Duration::from_secs(360);
+
+/// The pause before the next try: what the origin asks for, and no less than our own. `None` if that is
+/// more than should be sat out.
+pub(super) fn pause(failures: u32, retry_after: Option<Duration>) -> Option<Duration> {
+    let asked = retry_after.unwrap_or_default();
+    (asked <= LONGEST_PAUSE).then(|| asked.max(backoff(failures)))
+}
+
+/// Up to 0.2 s, 0.4 s, … 10 s, at random so that a crowd spreads out.
+fn backoff(failures: u32) -> Duration {
     let most = 0.2 * f64::from(1_u32 << failures.saturating_sub(1).min(6));
     Duration::from_secs_f64(most.min(10.0) * (0.5 + fastrand::f64() / 2.0))
 }
 
-/// Counts one range among those under way.
-struct Open(Arc<Metrics>);
+/// One of the connections that all fetches share. Dropping it gives it back.
+struct Connection {
+    _permit: OwnedSemaphorePermit,
+    metrics: Arc<Metrics>,
+}
 
-impl Open {
-    fn new(metrics: &Arc<Metrics>) -> Self {
-        metrics.connections.inc();
-        Self(Arc::clone(metrics))
+impl Connection {
+    async fn new(shared: &Shared) -> Self {
+        let permit = Arc::clone(&shared.connections).acquire_owned().await;
+        shared.metrics.connections.inc();
+        Self {
+            _permit: permit.expect("nobody closes it"),
+            metrics: Arc::clone(&shared.metrics),
+        }
     }
 }
 
-impl Drop for Open {
+impl Drop for Connection {
     fn drop(&mut self) {
-        self.0.connections.dec();
+        self.metrics.connections.dec();
     }
 }
 
@@ -377,6 +442,14 @@ mod tests {
     fn ranges_are_cut_at_multiples_of_a_part() {
         assert_eq!(split(vec![3..5, 8..25], 10), [3..5, 8..10, 10..20, 20..25]);
         assert!(split(vec![], 10).is_empty());
+    }
+
+    #[test]
+    fn an_origin_may_ask_for_a_longer_pause_but_not_for_any() {
+        let seconds = Duration::from_secs;
+        assert_eq!(pause(1, Some(seconds(30))), Some(seconds(30)));
+        assert!(pause(40, Some(seconds(1))) >= Some(seconds(5)));
+        assert_eq!(pause(1, Some(seconds(361))), None);
     }
 
     #[test]

@@ -62,7 +62,7 @@ pub(super) struct Meter {
     shown: watch::Sender<Progress>,
     files_done: AtomicU64,
     bytes_done: AtomicU64,
-    /// Bytes that were here when the fetch began: they say nothing about its rate.
+    /// Bytes that were here when the fetch began, or that others brought: they say nothing about its rate.
     bytes_found: AtomicU64,
     bytes_fetched: AtomicU64,
     rate: Mutex<(Instant, u64, f64)>,
@@ -116,6 +116,10 @@ impl Meter {
         self.bytes_fetched.fetch_add(bytes, Ordering::Relaxed);
     }
 
+    pub(super) fn bytes_found(&self) -> u64 {
+        self.bytes_found.load(Ordering::Relaxed)
+    }
+
     pub(super) fn bytes_fetched(&self) -> u64 {
         self.bytes_fetched.load(Ordering::Relaxed)
     }
@@ -129,6 +133,7 @@ impl Meter {
         FileMeter {
             meter: self,
             counted: AtomicU64::new(0),
+            found: AtomicU64::new(0),
         }
     }
 
@@ -143,7 +148,7 @@ impl Meter {
 
     fn refresh(&self) {
         let done = self.bytes_done.load(Ordering::Relaxed);
-        let rate = self.rate(done.saturating_sub(self.bytes_found.load(Ordering::Relaxed)));
+        let rate = self.rate(done.saturating_sub(self.bytes_found()));
         self.shown.send_modify(|progress| {
             progress.files_done = self.files_done.load(Ordering::Relaxed);
             progress.bytes_done = done;
@@ -182,6 +187,7 @@ impl Meter {
 pub(super) struct FileMeter<'a> {
     meter: &'a Meter,
     counted: AtomicU64,
+    found: AtomicU64,
 }
 
 impl FileMeter<'_> {
@@ -193,10 +199,21 @@ impl FileMeter<'_> {
             .fetch_add(bytes.wrapping_sub(before), Ordering::Relaxed);
     }
 
-    /// Like [`FileMeter::set`], for bytes that were here before this fetch.
+    /// Like [`FileMeter::set`], for bytes that were here before this fetch, or that others brought.
     pub(super) fn found(&self, bytes: u64) {
-        let more = bytes.saturating_sub(self.counted.load(Ordering::Relaxed));
-        self.meter.bytes_found.fetch_add(more, Ordering::Relaxed);
+        self.count_found(bytes);
         self.set(bytes);
+    }
+
+    /// Bytes that were found proved damaged.
+    pub(super) fn lost(&self, bytes: u64) {
+        let found = self.found.load(Ordering::Relaxed);
+        self.count_found(found.saturating_sub(bytes));
+    }
+
+    fn count_found(&self, bytes: u64) {
+        let before = self.found.swap(bytes, Ordering::Relaxed);
+        let more = bytes.wrapping_sub(before);
+        self.meter.bytes_found.fetch_add(more, Ordering::Relaxed);
     }
 }

@@ -22,9 +22,12 @@ enum Fault {
     Cut(usize),
     Stall(usize),
     Flip,
-    Busy,
+    /// For this many seconds.
+    Busy(u64),
     NoRanges,
+    NoRangesNow,
     Denied,
+    None,
 }
 
 /// A model in memory.
@@ -128,11 +131,11 @@ impl Source for OriginSource {
                 stalls = true;
             }
             Some(Fault::Flip) => bytes[0] ^= 1,
-            Some(Fault::Busy) => {
+            Some(Fault::Busy(seconds)) => {
                 let error = SourceError::Unavailable {
                     what,
                     detail: "busy".into(),
-                    retry_after: Some(Duration::ZERO),
+                    retry_after: Some(Duration::from_secs(seconds)),
                 };
                 return async { Err(error) }.boxed();
             }
@@ -148,7 +151,10 @@ impl Source for OriginSource {
                 self.0.faults.lock().unwrap().push(Fault::NoRanges);
                 return async { Err(SourceError::NoRanges { what }) }.boxed();
             }
-            Some(Fault::NoRanges) | None => {}
+            Some(Fault::NoRangesNow) => {
+                return async { Err(SourceError::NoRanges { what }) }.boxed();
+            }
+            Some(Fault::NoRanges | Fault::None) | None => {}
         }
         self.0.sent.fetch_add(bytes.len(), Ordering::Relaxed);
         let pieces: Vec<_> = bytes
@@ -179,15 +185,23 @@ fn content(size: u32) -> Vec<u8> {
         .collect()
 }
 
-fn fetcher(root: &std::path::Path, origin: &Arc<Origin>) -> Arc<Fetcher> {
-    let limits = FetchLimits {
+fn limits() -> FetchLimits {
+    FetchLimits {
         connections: 4,
         memory_bytes: 256 << 10,
         part_bytes: 16 << 10,
         attempts: 3,
         stall_timeout: Duration::from_millis(100),
+        patience: Duration::from_secs(2),
         ..FetchLimits::default()
-    };
+    }
+}
+
+fn fetcher(root: &std::path::Path, origin: &Arc<Origin>) -> Arc<Fetcher> {
+    fetcher_with(root, origin, limits())
+}
+
+fn fetcher_with(root: &std::path::Path, origin: &Arc<Origin>, limits: FetchLimits) -> Arc<Fetcher> {
     let store = Store::open(root, StoreLimits::default()).unwrap();
     Fetcher::new(
         store,
@@ -296,6 +310,36 @@ async fn two_processes_share_one_download() {
     assert_eq!(one.bytes_fetched + two.bytes_fetched, 5_000_000);
 }
 
+#[test]
+fn many_fetches_at_once_leave_threads_to_write_with() {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(64)
+        .enable_all()
+        .build()
+        .unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let files: Vec<_> = (0..400_u32)
+        .map(|n| (format!("{}/{n}.json", n % 100), content(20_000 + n)))
+        .collect();
+    let files: Vec<_> = files
+        .iter()
+        .map(|(path, bytes)| (path.as_str(), bytes.clone()))
+        .collect();
+    let origin = Origin::new(&files);
+    runtime.block_on(async {
+        let fetcher = fetcher(dir.path(), &origin);
+        let fetches = (0..100).map(|n| fetcher.fetch(request(&[&format!("{n}/*")])).wait());
+        let all = futures::future::join_all(fetches);
+        let all = tokio::time::timeout(Duration::from_secs(60), all).await;
+        for fetched in all.expect("the fetches hang") {
+            assert_eq!(fetched.unwrap().snapshot.manifest.files.len(), 4);
+        }
+    });
+    // What a test that fails left hanging must not keep it from ending.
+    runtime.shutdown_background();
+}
+
 #[tokio::test]
 async fn a_cut_connection_is_read_on_at_the_byte() {
     let (fetched, origin, _dir) =
@@ -313,9 +357,9 @@ async fn a_connection_that_delivers_nothing_is_replaced() {
 
 #[tokio::test]
 async fn a_busy_origin_is_asked_again_but_not_for_ever() {
-    let (fetched, ..) = fetch_failing(&[Fault::Busy; 2]).await;
+    let (fetched, ..) = fetch_failing(&[Fault::Busy(0); 2]).await;
     fetched.unwrap();
-    let (fetched, ..) = fetch_failing(&[Fault::Busy; 100]).await;
+    let (fetched, ..) = fetch_failing(&[Fault::Busy(0); 100]).await;
     let error = fetched.expect_err("asked for ever");
     assert!(
         Chain(&error)
@@ -327,10 +371,67 @@ async fn a_busy_origin_is_asked_again_but_not_for_ever() {
 }
 
 #[tokio::test]
+async fn an_origin_that_has_sent_bytes_is_waited_for() {
+    for (patience, survives) in [(60, true), (0, false)] {
+        let dir = tempfile::tempdir().unwrap();
+        let origin = Origin::failing(&[Fault::Busy(0), Fault::Busy(0), Fault::None]);
+        let limits = FetchLimits {
+            connections: 1,
+            attempts: 1,
+            patience: Duration::from_secs(patience),
+            ..limits()
+        };
+        let fetcher = fetcher_with(dir.path(), &origin, limits);
+        let fetched = fetcher.fetch(request(&["*"])).wait().await;
+        assert_eq!(fetched.is_ok(), survives, "{fetched:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_pause_that_an_origin_asks_for_holds_nobody_else_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let files = [("a.bin", content(50_000)), ("b.json", content(40_000))];
+    let origin = Origin::new(&files);
+    *origin.faults.lock().unwrap() = vec![Fault::Busy(300)];
+    let limits = FetchLimits {
+        connections: 1,
+        ..limits()
+    };
+    let fetcher = fetcher_with(dir.path(), &origin, limits);
+    let paused = fetcher.fetch(request(&["a.bin"]));
+    while !origin.faults.lock().unwrap().is_empty() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+
+    let other = fetcher.fetch(request(&["b.json"])).wait();
+    let other = tokio::time::timeout(Duration::from_secs(10), other).await;
+
+    other.expect("it waits for the other fetch").unwrap();
+    fetcher.shutdown(Duration::from_secs(5)).await;
+    drop(paused);
+}
+
+#[tokio::test]
+async fn a_pause_that_nobody_would_sit_out_is_an_error() {
+    let fetching = fetch_failing(&[Fault::Busy(100_000)]);
+    let fetched = tokio::time::timeout(Duration::from_secs(10), fetching).await;
+    let (fetched, ..) = fetched.expect("it sits out a day");
+    assert!(fetched.is_err(), "{fetched:?}");
+}
+
+#[tokio::test]
 async fn a_flipped_bit_is_found_and_the_file_fetched_again() {
-    let (fetched, origin, _dir) = fetch_failing(&[Fault::Flip]).await;
-    fetched.unwrap();
-    assert_eq!(origin.sent.load(Ordering::Relaxed), 200_000);
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::new(&[("a.bin", content(100_000)), ("b.json", content(500))]);
+    let fetcher = fetcher(dir.path(), &origin);
+    fetcher.fetch(request(&["b.json"])).wait().await.unwrap();
+    origin.faults.lock().unwrap().push(Fault::Flip);
+
+    let fetched = fetcher.fetch(request(&["*"])).wait().await.unwrap();
+
+    assert_tree(&fetched, &origin);
+    let counted = (fetched.bytes_fetched, fetched.bytes_reused);
+    assert_eq!(counted, (200_000, 500));
 }
 
 #[tokio::test]
@@ -349,6 +450,23 @@ async fn bytes_that_stay_wrong_are_an_error_and_leave_nothing() {
 async fn an_origin_without_ranges_is_read_from_the_start() {
     let (fetched, ..) = fetch_failing(&[Fault::NoRanges; 8]).await;
     fetched.unwrap();
+}
+
+#[tokio::test]
+async fn bytes_that_were_hashed_are_not_written_again() {
+    let dir = tempfile::tempdir().unwrap();
+    // Taken from the end: the first range is right, the second is refused, the whole body is damaged.
+    let origin = Origin::failing(&[Fault::Flip, Fault::NoRangesNow, Fault::None]);
+    let one_by_one = FetchLimits {
+        connections: 1,
+        ..limits()
+    };
+    let fetcher = fetcher_with(dir.path(), &origin, one_by_one);
+
+    let fetched = fetcher.fetch(request(&["*"])).wait().await.unwrap();
+
+    assert_tree(&fetched, &origin);
+    assert_eq!(origin.sent.load(Ordering::Relaxed), (16 << 10) + 100_000);
 }
 
 #[tokio::test]
@@ -405,6 +523,105 @@ async fn a_stopped_fetch_goes_on_in_the_next_process() {
 
     assert_tree(&fetched, &origin);
     assert!(second.store().recorded_fetches().unwrap().is_empty());
+}
+
+/// An origin that is away the first few times.
+struct Away(Arc<Origin>, AtomicUsize);
+
+impl Sources for Away {
+    fn open(&self, model: &ModelRef) -> Result<Arc<dyn Source>, SourceError> {
+        let left = |left: usize| left.checked_sub(1);
+        let (relaxed, what) = (Ordering::Relaxed, model.to_string());
+        match self.1.fetch_update(relaxed, relaxed, left) {
+            Err(_) => Only(Arc::clone(&self.0)).open(model),
+            Ok(_) => Err(SourceError::Unavailable {
+                what,
+                detail: "away".to_owned(),
+                retry_after: None,
+            }),
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_fetch_on_record_outlives_an_origin_that_is_away() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::new(&[("a.bin", content(5000))]);
+    let store = Store::open(dir.path(), StoreLimits::default()).unwrap();
+    let sources = Arc::new(Away(Arc::clone(&origin), AtomicUsize::new(4)));
+    let fetcher = Fetcher::new(store, sources, limits(), Arc::default());
+
+    fetcher.fetch(request(&["*"])).wait().await.unwrap_err();
+    let on_record = || fetcher.store().recorded_fetches().unwrap().len();
+    assert_eq!(on_record(), 1, "its record is lost");
+
+    assert_eq!(fetcher.resume().unwrap(), 1);
+    while on_record() > 0 {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    assert_tree(
+        &fetcher.fetch(request(&["*"])).wait().await.unwrap(),
+        &origin,
+    );
+}
+
+#[tokio::test]
+async fn a_record_that_stays_spoils_no_fetch() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::failing(&[Fault::Stall(0)]);
+    let fetcher = fetcher(dir.path(), &origin);
+    let fetch = fetcher.fetch(request(&["*"]));
+    while origin.reads.lock().unwrap().is_empty() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let records = fs::read_dir(dir.path().join("fetches")).unwrap();
+    for record in records.map(|entry| entry.unwrap().path()) {
+        fs::remove_file(&record).unwrap();
+        fs::create_dir(&record).unwrap();
+    }
+    assert_tree(&fetch.wait().await.unwrap(), &origin);
+}
+
+/// The staged file whose name ends so.
+fn staged(root: &std::path::Path, ending: &str) -> Option<(PathBuf, Vec<u8>)> {
+    let entries = fs::read_dir(root.join("staging")).unwrap();
+    let mut paths = entries.map(|entry| entry.unwrap().path());
+    let path = paths.find(|path| path.extension().is_some_and(|part| part == ending))?;
+    let bytes = fs::read(&path).unwrap();
+    Some((path, bytes))
+}
+
+#[tokio::test]
+async fn bytes_that_the_disk_lost_are_noticed_while_others_still_come() {
+    let dir = tempfile::tempdir().unwrap();
+    // Each of the four connections brings a block, and then nothing more.
+    let faults = [vec![Fault::Stall(0); 40], vec![Fault::Stall(9000); 4]].concat();
+    let origin = Origin::failing(&faults);
+    let first = fetcher(dir.path(), &origin);
+    let fetch = first.fetch(request(&["*"]));
+    while staged(dir.path(), "journal").is_none_or(|(_, bytes)| bytes.len() < 4 * 32) {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    first.shutdown(Duration::from_secs(5)).await;
+    drop(fetch);
+    let (part, mut bytes) = staged(dir.path(), "part").unwrap();
+    bytes.iter_mut().for_each(|byte| *byte ^= 1);
+    fs::write(part, bytes).unwrap();
+    let patient = FetchLimits {
+        stall_timeout: Duration::from_secs(3600),
+        ..limits()
+    };
+    // Whatever is read next hangs, until the damage is found and all is read anew.
+    *origin.faults.lock().unwrap() = vec![Fault::Stall(0); 4];
+
+    let second = fetcher_with(dir.path(), &origin, patient);
+    let fetched = second.fetch(request(&["*"])).wait();
+    let fetched = tokio::time::timeout(Duration::from_secs(10), fetched).await;
+
+    assert_tree(
+        &fetched.expect("the damage goes unnoticed").unwrap(),
+        &origin,
+    );
 }
 
 #[tokio::test]

@@ -46,7 +46,37 @@ pub struct Part {
 #[derive(Debug, Default)]
 struct State {
     present: Ranges,
+    /// What is being written now. No two of them overlap, nor one of them with `present`.
+    in_flight: Vec<Range<u64>>,
     closed: bool,
+}
+
+impl State {
+    /// The first bytes of `range` that are neither here nor being written.
+    fn hole(&self, range: &Range<u64>) -> Option<Range<u64>> {
+        let mut taken = self.present.clone();
+        for writing in &self.in_flight {
+            taken.insert(writing.clone());
+        }
+        let mut holes = taken.holes(range.end).into_iter();
+        let hole = holes.find(|hole| hole.end > range.start && hole.start < range.end)?;
+        Some(hole.start.max(range.start)..hole.end.min(range.end))
+    }
+}
+
+/// Bytes that one call of [`Part::write`] alone may write. Dropping it lets others.
+struct Writing<'a> {
+    part: &'a Part,
+    range: Range<u64>,
+}
+
+impl Drop for Writing<'_> {
+    fn drop(&mut self) {
+        let mut state = self.part.state();
+        state.in_flight.retain(|range| *range != self.range);
+        drop(state);
+        self.part.grown.notify_all();
+    }
 }
 
 /// Why a part's bytes have no digest.
@@ -98,7 +128,8 @@ impl Part {
         self.state.lock().expect("no holder of this lock panics")
     }
 
-    /// Writes the block that starts at byte `offset`, and journals it. Blocks must not overlap.
+    /// Writes the block that starts at byte `offset`, and journals it. Bytes that are here already stay
+    /// as they are: the hasher does not read them again. On return all of the block is here.
     ///
     /// # Errors
     ///
@@ -114,7 +145,35 @@ impl Part {
             range.end <= self.size,
             "a block reaches past the end of the file"
         );
-        write_all_at(&self.file, offset, block).at("write", &self.path)?;
+        while let Some(writing) = self.take_hole(&range) {
+            let hole = writing.range.clone();
+            let pieces = slice(block, hole.start - offset..hole.end - offset);
+            self.write_hole(hole, &pieces)?;
+        }
+        Ok(())
+    }
+
+    /// The next bytes of `range` to write; `None` once all are here. Waits for those that somebody else
+    /// is writing: if that fails, they are ours.
+    fn take_hole(&self, range: &Range<u64>) -> Option<Writing<'_>> {
+        let mut state = self.state();
+        loop {
+            if let Some(hole) = state.hole(range) {
+                state.in_flight.push(hole.clone());
+                return Some(Writing {
+                    part: self,
+                    range: hole,
+                });
+            }
+            if state.present.end_of_run(range.start) >= range.end {
+                return None;
+            }
+            state = self.wait(state);
+        }
+    }
+
+    fn write_hole(&self, range: Range<u64>, block: &[Bytes]) -> Result<(), StoreError> {
+        write_all_at(&self.file, range.start, block).at("write", &self.path)?;
         fault::point("part.written");
         let record = Record {
             range: range.clone(),
@@ -127,8 +186,13 @@ impl Part {
         drop(journal);
         fault::point("part.journaled");
         self.state().present.insert(range);
-        self.grown.notify_all();
         Ok(())
+    }
+
+    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        // The time-out only guards against a lost wake-up.
+        let waited = self.grown.wait_timeout(state, Duration::from_secs(1));
+        waited.expect("no holder of this lock panics").0
     }
 
     /// Starts to write `range` back to the disk, so that little is left to sync at the end.
@@ -192,9 +256,7 @@ impl Part {
             if state.closed {
                 return Err(HashError::Closed);
             }
-            // The time-out only guards against a lost wake-up.
-            let waited = self.grown.wait_timeout(state, Duration::from_secs(1));
-            state = waited.expect("no holder of this lock panics").0;
+            state = self.wait(state);
         }
     }
 
@@ -355,6 +417,22 @@ impl Drop for Part {
             let _ = self.remove_files();
         }
     }
+}
+
+/// The bytes `range` of `block`, counted from its first.
+fn slice(block: &[Bytes], range: Range<u64>) -> Vec<Bytes> {
+    let mut at = 0;
+    let mut pieces = Vec::with_capacity(block.len());
+    for piece in block {
+        let end = at + piece.len() as u64;
+        let (from, to) = (range.start.clamp(at, end), range.end.clamp(at, end));
+        if from < to {
+            let inside = |at_byte: u64| usize::try_from(at_byte - at).expect("within the piece");
+            pieces.push(piece.slice(inside(from)..inside(to)));
+        }
+        at = end;
+    }
+    pieces
 }
 
 /// `pwritev` until all of `block` is on its way to the disk.

@@ -157,6 +157,31 @@ async fn a_change_after_the_listing_is_seen() {
 }
 
 #[tokio::test]
+async fn a_change_whose_time_was_set_back_is_seen() {
+    let dir = tree();
+    let source = open(dir.path());
+    let revision = source.resolve().await.unwrap();
+    let files = listed(&source).await.unwrap().files;
+    let path = dir.path().join("config.json");
+    let before = fs::metadata(&path).unwrap().modified().unwrap();
+
+    // Times on disk are as fine as the kernel's tick.
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    write(&path, b"[]");
+    let file = fs::File::options().write(true).open(&path).unwrap();
+    file.set_modified(before).unwrap();
+
+    let error = bytes(&source, &files[0], 0..2).await.unwrap_err();
+    assert!(matches!(error, SourceError::Changed { .. }), "{error}");
+    let again = open(dir.path());
+    assert_ne!(again.resolve().await.unwrap(), revision);
+    assert_ne!(
+        listed(&again).await.unwrap().files[0].identity,
+        files[0].identity
+    );
+}
+
+#[tokio::test]
 async fn a_change_in_the_middle_of_a_range_is_seen() {
     let dir = tree();
     let source = open(dir.path());

@@ -23,16 +23,19 @@ pub(super) struct Mark {
     pub(super) inode: u64,
     pub(super) size: u64,
     pub(super) modified_ns: i128,
+    /// The time of modification can be set back; this one cannot.
+    pub(super) changed_ns: i128,
 }
 
 impl Mark {
     pub(super) fn of(metadata: &Metadata) -> Self {
+        let ns = |seconds, ns| i128::from(seconds) * 1_000_000_000 + i128::from(ns);
         Self {
             device: metadata.dev(),
             inode: metadata.ino(),
             size: metadata.size(),
-            modified_ns: i128::from(metadata.mtime()) * 1_000_000_000
-                + i128::from(metadata.mtime_nsec()),
+            modified_ns: ns(metadata.mtime(), metadata.mtime_nsec()),
+            changed_ns: ns(metadata.ctime(), metadata.ctime_nsec()),
         }
     }
 }
@@ -64,8 +67,9 @@ impl Found {
             inode,
             size,
             modified_ns,
+            changed_ns,
         } = self.mark;
-        format!("file:{path}:{device}:{inode}:{size}:{modified_ns}")
+        format!("file:{path}:{device}:{inode}:{size}:{modified_ns}:{changed_ns}")
     }
 }
 

@@ -18,7 +18,7 @@ use weightd_core::model::{RelPath, Revision};
 use weightd_core::source::{ByteStream, RemoteFile, SourceError};
 
 use super::body::body;
-use super::hub::{Hub, host};
+use super::hub::{Ask, Hub, host};
 use super::limit::{Quota, retry_after};
 use super::refusal::{Answer, header, no_answer, passing, refusal, unreachable};
 
@@ -111,7 +111,8 @@ pub(super) async fn read(
 
 /// May this requester read `file`? Asks for its address, and not for its bytes.
 pub(super) async fn probe(hub: &Hub, revision: &Revision, path: &str) -> Result<(), SourceError> {
-    let response = head(hub, revision, path).await?;
+    let ask = Ask::question(hub, Quota::Resolvers);
+    let response = head(hub, revision, path, ask).await?;
     // A redirect may lead to a login page: only the Hub's own mark proves that it is the file.
     let marked = match header(response.headers(), "x-repo-commit") {
         Some(commit) => commit == revision.as_str(),
@@ -128,19 +129,15 @@ pub(super) async fn probe(hub: &Hub, revision: &Revision, path: &str) -> Result<
     }
 }
 
-async fn head(hub: &Hub, revision: &Revision, path: &str) -> Result<Response, SourceError> {
+async fn head(
+    hub: &Hub,
+    revision: &Revision,
+    path: &str,
+    ask: Ask,
+) -> Result<Response, SourceError> {
     let url = hub.file_url(revision, path);
-    let (client, repeats) = (&hub.clients.api, hub.timing().repeats);
-    let headers = HeaderMap::new();
-    hub.send(
-        client,
-        Method::HEAD,
-        &url,
-        &headers,
-        Quota::Resolvers,
-        repeats,
-    )
-    .await
+    let (client, headers) = (&hub.clients.api, HeaderMap::new());
+    hub.send(client, Method::HEAD, &url, &headers, ask).await
 }
 
 /// Where a redirect leads, if we go there.
@@ -183,7 +180,8 @@ impl Reader<'_> {
             let (response, address) = self.get(address).await?;
             let status = response.status();
             let signed = matches!(address, Address::Elsewhere(_));
-            if !signed || !matches!(status.as_u16(), 401 | 403) {
+            // Some stores answer 400 to a signature that has expired.
+            if !signed || !matches!(status.as_u16(), 400 | 401 | 403) {
                 return self.accept(response, &address);
             }
             if attempt == ADDRESSES {
@@ -202,7 +200,8 @@ impl Reader<'_> {
         if self.file.claims.sha256.is_none() {
             return Ok(Address::Hub(asked));
         }
-        let response = head(self.hub, self.revision, self.file.path.as_str()).await?;
+        let ask = Ask::read(self.hub.timing().repeats);
+        let response = head(self.hub, self.revision, self.file.path.as_str(), ask).await?;
         self.check(&response)?;
         if response.status().is_success() {
             // Not where redirects led to: that address may expire.
@@ -259,10 +258,10 @@ impl Reader<'_> {
             Address::Hub(url) => url,
         };
         let (client, range) = (&self.hub.clients.content, self.range_header());
-        let quota = Quota::Resolvers;
+        let ask = Ask::read(0);
         let response = self
             .hub
-            .send(client, Method::GET, &url, &range, quota, 0)
+            .send(client, Method::GET, &url, &range, ask)
             .await?;
         self.check(&response)?;
         if response.status().is_redirection() {

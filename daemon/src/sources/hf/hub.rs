@@ -27,6 +27,40 @@ const SEGMENT: &AsciiSet = &NON_ALPHANUMERIC
 /// The longest body of an API call. A page of the tree API is below 1 MiB.
 const BODY_BYTES: usize = 64 << 20;
 
+/// The longest wait within a read, which holds a connection that all fetches share: a longer one is the
+/// caller's, who gives the connection back first.
+const READ_WAIT: Duration = Duration::from_secs(2);
+
+/// How a request is asked for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Ask {
+    pub(super) quota: Quota,
+    /// How often it is repeated when it failed for a passing reason.
+    pub(super) repeats: u32,
+    /// The longest wait that is sat out.
+    pub(super) longest: Duration,
+}
+
+impl Ask {
+    /// For a question that holds nobody up.
+    pub(super) fn question(hub: &Hub, quota: Quota) -> Self {
+        Self {
+            quota,
+            repeats: hub.timing().repeats,
+            longest: hub.timing().limit.longest,
+        }
+    }
+
+    /// For what a read needs.
+    pub(super) fn read(repeats: u32) -> Self {
+        Self {
+            quota: Quota::Resolvers,
+            repeats,
+            longest: READ_WAIT,
+        }
+    }
+}
+
 pub(super) struct Hub {
     pub(super) clients: Arc<HfClients>,
     pub(super) model: ModelRef,
@@ -116,8 +150,8 @@ impl Hub {
     }
 
     /// Waits until the rate limit lets one more request through.
-    pub(super) async fn ready(&self, quota: Quota) -> Result<(), SourceError> {
-        let wait = self.limiter.ready(quota).await;
+    pub(super) async fn ready(&self, ask: Ask) -> Result<(), SourceError> {
+        let wait = self.limiter.ready(ask.quota, ask.longest).await;
         wait.map_err(|wait| SourceError::Unavailable {
             what: self.model.to_string(),
             detail: format!("{} allows no more requests for now", self.host()),
@@ -131,8 +165,7 @@ impl Hub {
     }
 
     /// Sends a request to the Hub, with the token, when the rate limit allows it. Waits and asks
-    /// again when it is refused for its rate, and up to `repeats` times when it failed for a passing
-    /// reason. Redirects within the Hub are followed; any other answer is returned as it is.
+    /// again when it is refused for its rate or failed for a passing reason, as `ask` says. Redirects within the Hub are followed; any other answer is returned as it is.
     ///
     /// # Errors
     ///
@@ -143,12 +176,11 @@ impl Hub {
         method: Method,
         url: &Url,
         headers: &HeaderMap,
-        quota: Quota,
-        repeats: u32,
+        ask: Ask,
     ) -> Result<Response, SourceError> {
         let (mut failures, mut refusals) = (0, 0);
         loop {
-            self.ready(quota).await?;
+            self.ready(ask).await?;
             let mut request = client
                 .request(method.clone(), url.clone())
                 .headers(headers.clone());
@@ -159,12 +191,12 @@ impl Hub {
                 Ok(Ok(response)) => {
                     let told = self
                         .limiter
-                        .note(quota, response.status(), response.headers());
+                        .note(ask.quota, response.status(), response.headers());
                     if response.status() == StatusCode::TOO_MANY_REQUESTS
                         && refusals < self.timing().refusals
                     {
                         if told.is_none() {
-                            self.block(quota, self.timing().backoff(refusals + 2));
+                            self.block(ask.quota, self.timing().backoff(refusals + 2));
                         }
                         refusals += 1;
                         continue;
@@ -178,24 +210,24 @@ impl Hub {
                 Ok(Err(error)) => unreachable(&self.host(), error),
                 Err(_) => no_answer(&self.host(), self.timing().header),
             };
-            self.wait_to_repeat(error, failures, repeats).await?;
+            self.wait_to_repeat(error, failures, ask).await?;
             failures += 1;
         }
     }
 
-    /// Waits before the next attempt, if `error` is worth one and there were not `repeats` yet.
+    /// Waits before the next attempt, if `error` is worth one and there were not too many yet.
     pub(super) async fn wait_to_repeat(
         &self,
         error: SourceError,
         failures: u32,
-        repeats: u32,
+        ask: Ask,
     ) -> Result<(), SourceError> {
         let SourceError::Unavailable { retry_after, .. } = &error else {
             return Err(error);
         };
         let wait = self.timing().backoff(failures);
         let wait = retry_after.map_or(wait, |told| told.max(wait));
-        if failures >= repeats || wait > self.timing().limit.longest {
+        if failures >= ask.repeats || wait > ask.longest {
             return Err(error);
         }
         tracing::debug!(%error, failures, "asking the hub again");
@@ -208,10 +240,9 @@ impl Hub {
         let mut failures = 0;
         loop {
             let client = &self.clients.api;
-            let repeats = self.timing().repeats;
-            let quota = Quota::Api;
+            let ask = Ask::question(self, Quota::Api);
             let response = self
-                .send(client, Method::GET, url, &HeaderMap::new(), quota, repeats)
+                .send(client, Method::GET, url, &HeaderMap::new(), ask)
                 .await?;
             if !response.status().is_success() {
                 let what = self.model.to_string();
@@ -224,7 +255,7 @@ impl Hub {
                 Ok(Err(error)) => error,
                 Err(_) => no_answer(&self.host(), self.timing().body),
             };
-            self.wait_to_repeat(error, failures, repeats).await?;
+            self.wait_to_repeat(error, failures, ask).await?;
             failures += 1;
         }
     }

@@ -72,12 +72,12 @@ impl Limiter {
     ///
     /// # Errors
     ///
-    /// The time to wait, if it is longer than one should sit out.
-    pub(super) async fn ready(&self, quota: Quota) -> Result<(), Duration> {
+    /// The time to wait, if it is more than `longest`.
+    pub(super) async fn ready(&self, quota: Quota, longest: Duration) -> Result<(), Duration> {
         // Looked at again after each wait: meanwhile another task may have been refused.
         while let Some(until) = self.blocked_until(quota) {
             let wait = until.saturating_duration_since(Instant::now());
-            if wait > self.waits.longest {
+            if wait > longest {
                 return Err(wait);
             }
             tokio::time::sleep(wait + self.jitter(wait)).await;
@@ -209,6 +209,8 @@ mod tests {
         HeaderMap::from_iter([(name.parse().unwrap(), value.parse().unwrap())])
     }
 
+    const LONGEST: Duration = Duration::from_secs(360);
+
     fn limiter() -> Limiter {
         Limiter::new("hub.example".to_owned(), Waits::default())
     }
@@ -258,11 +260,16 @@ mod tests {
         );
         assert_eq!(told, Some(Duration::from_secs(42)));
 
-        limiter.ready(Quota::Resolvers).await.unwrap();
+        limiter.ready(Quota::Resolvers, LONGEST).await.unwrap();
         assert_eq!(start.elapsed(), Duration::ZERO, "the other quota is free");
         let tasks = (0..20).map(|_| {
             let limiter = Arc::clone(&limiter);
-            tokio::spawn(async move { limiter.ready(Quota::Api).await.map(|()| Instant::now()) })
+            tokio::spawn(async move {
+                limiter
+                    .ready(Quota::Api, LONGEST)
+                    .await
+                    .map(|()| Instant::now())
+            })
         });
         let mut starts = Vec::new();
         for task in tasks.collect::<Vec<_>>() {
@@ -285,7 +292,7 @@ mod tests {
             StatusCode::OK,
             &headers("ratelimit", r#""api";r=0;t=5"#),
         );
-        limiter.ready(Quota::Api).await.unwrap();
+        limiter.ready(Quota::Api, LONGEST).await.unwrap();
         assert!(start.elapsed() >= Duration::from_secs(6));
     }
 
@@ -294,10 +301,10 @@ mod tests {
         let limiter = limiter();
         let hours = headers("retry-after", "99999999999999999");
         limiter.note(Quota::Api, StatusCode::TOO_MANY_REQUESTS, &hours);
-        let wait = limiter.ready(Quota::Api).await.unwrap_err();
+        let wait = limiter.ready(Quota::Api, LONGEST).await.unwrap_err();
         assert!(wait > Duration::from_secs(3600), "{wait:?}");
         let start = Instant::now();
-        limiter.ready(Quota::Resolvers).await.unwrap();
+        limiter.ready(Quota::Resolvers, LONGEST).await.unwrap();
         assert_eq!(start.elapsed(), Duration::ZERO);
     }
 
@@ -307,7 +314,7 @@ mod tests {
         let start = Instant::now();
         limiter.block(None, Duration::from_secs(60));
         limiter.block(Some(Quota::Resolvers), Duration::from_secs(1));
-        limiter.ready(Quota::Resolvers).await.unwrap();
+        limiter.ready(Quota::Resolvers, LONGEST).await.unwrap();
         assert!(start.elapsed() >= Duration::from_secs(61));
     }
 }

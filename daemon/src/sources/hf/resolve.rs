@@ -8,7 +8,7 @@ use tokio::time::timeout;
 use weightd_core::model::Revision;
 use weightd_core::source::SourceError;
 
-use super::hub::Hub;
+use super::hub::{Ask, Hub};
 use super::limit::Quota;
 use super::refusal::{Answer, no_answer, refusal, unreachable};
 
@@ -28,9 +28,10 @@ pub(super) async fn revision(hub: &Hub) -> Result<Revision, SourceError> {
     let model = client.model(owner, name);
     let asked = hub.model.revision_or_default();
     let timing = *hub.timing();
+    let ask = Ask::question(hub, Quota::Api);
     let (mut failures, mut refusals) = (0, 0);
     loop {
-        hub.ready(Quota::Api).await?;
+        hub.ready(ask).await?;
         let properties = PROPERTIES.map(str::to_owned).to_vec();
         let info = model.info().revision(asked).expand(properties).send();
         let error = match timeout(timing.header + timing.body, info).await {
@@ -47,7 +48,7 @@ pub(super) async fn revision(hub: &Hub) -> Result<Revision, SourceError> {
             Ok(Err(error)) => meaning(hub, error),
             Err(_) => no_answer(&hub.host(), timing.header + timing.body),
         };
-        hub.wait_to_repeat(error, failures, timing.repeats).await?;
+        hub.wait_to_repeat(error, failures, ask).await?;
         failures += 1;
     }
 }

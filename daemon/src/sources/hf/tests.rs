@@ -822,4 +822,5 @@ async fn a_login_page_is_no_proof_that_one_may_read() {
     assert!(matches!(error, SourceError::Invalid { .. }), "{error}");
 }
 
+mod proof;
 mod standin;

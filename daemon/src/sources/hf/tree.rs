@@ -49,32 +49,68 @@ struct Lfs {
 /// All files at `revision`.
 pub(super) async fn files(hub: &Hub, revision: &Revision) -> Result<Vec<TreeFile>, SourceError> {
     let mut files = Vec::new();
-    let mut next = Some(hub.tree_url(revision));
-    let mut seen = HashSet::new();
-    while let Some(url) = next {
-        if seen.len() == PAGES || !seen.insert(url.clone()) {
-            return Err(hub.nonsense("its list of files never ends".to_owned()));
-        }
-        let (page, following) = page(hub, &url).await?;
+    let mut pages = Pages::new(hub, revision);
+    while let Some(page) = pages.next().await? {
         files.extend(page);
         if files.len() > FILES {
             return Err(hub.nonsense(format!("it lists more than {FILES} files")));
         }
-        next = following;
     }
     Ok(files)
 }
 
-/// Any one file at `revision` whose content is guarded, if there is one on the first page: rather a
-/// weights file than a model card, which the Hub may show to everyone.
+/// Any one file at `revision` whose content is guarded, or else any; `None` if there are no files.
 pub(super) async fn any_file(
     hub: &Hub,
     revision: &Revision,
 ) -> Result<Option<TreeFile>, SourceError> {
-    let (files, _) = page(hub, &hub.tree_url(revision)).await?;
-    let public = |file: &TreeFile| file.path.ends_with(".md") || file.path.starts_with('.');
-    let best = |file: &TreeFile| (file.claims.sha256.is_none(), public(file));
-    Ok(files.into_iter().min_by_key(best))
+    let mut pages = Pages::new(hub, revision);
+    let mut any = None;
+    while let Some(page) = pages.next().await? {
+        let best = |file: &TreeFile| (is_public(file), file.claims.sha256.is_none());
+        let found = page.into_iter().min_by_key(best);
+        if found.as_ref().is_some_and(|file| !is_public(file)) {
+            return Ok(found);
+        }
+        any = any.or(found);
+    }
+    Ok(any)
+}
+
+/// What the Hub may show to everyone, also in a gated repository: it proves nothing.
+fn is_public(file: &TreeFile) -> bool {
+    let name = file.path.rsplit('/').next().unwrap_or_default();
+    matches!(name, "README.md" | ".gitattributes") || name.starts_with("LICENSE")
+}
+
+/// The pages of a list, which must end.
+struct Pages<'a> {
+    hub: &'a Hub,
+    next: Option<Url>,
+    seen: HashSet<Url>,
+}
+
+impl<'a> Pages<'a> {
+    fn new(hub: &'a Hub, revision: &Revision) -> Self {
+        Self {
+            hub,
+            next: Some(hub.tree_url(revision)),
+            seen: HashSet::new(),
+        }
+    }
+
+    async fn next(&mut self) -> Result<Option<Vec<TreeFile>>, SourceError> {
+        let Some(url) = self.next.take() else {
+            return Ok(None);
+        };
+        if self.seen.len() == PAGES || !self.seen.insert(url.clone()) {
+            let detail = "its list of files never ends".to_owned();
+            return Err(self.hub.nonsense(detail));
+        }
+        let (files, next) = page(self.hub, &url).await?;
+        self.next = next;
+        Ok(Some(files))
+    }
 }
 
 async fn page(hub: &Hub, url: &Url) -> Result<(Vec<TreeFile>, Option<Url>), SourceError> {
@@ -91,9 +127,9 @@ async fn page(hub: &Hub, url: &Url) -> Result<(Vec<TreeFile>, Option<Url>), Sour
 
 fn file(hub: &Hub, entry: Entry) -> Result<TreeFile, SourceError> {
     let bad = |error: weightd_core::digest::ParseDigestError| {
+        let (path, error) = (short(&entry.path), short(&error.to_string()));
         hub.nonsense(format!(
-            "it lists `{}` with a hash that is none: {error}",
-            entry.path.escape_debug()
+            "it lists `{path}` with a hash that is none: {error}"
         ))
     };
     let mut claims = Claims::default();
@@ -113,6 +149,11 @@ fn file(hub: &Hub, entry: Entry) -> Result<TreeFile, SourceError> {
         claims,
         xet_hash,
     })
+}
+
+/// A foreign text, fit for a terminal and a log.
+fn short(text: &str) -> String {
+    text.escape_debug().take(200).collect()
 }
 
 /// The `rel="next"` of the `Link` headers. It gets the token, so it must not lead elsewhere.

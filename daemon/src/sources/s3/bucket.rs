@@ -24,6 +24,14 @@ pub(super) struct Question {
     pub(super) listed: bool,
 }
 
+/// What was tried to get one question answered.
+#[derive(Default)]
+struct Tried {
+    moved: bool,
+    unsigned: bool,
+    chain_anew: bool,
+}
+
 /// A model's bucket and prefix.
 pub(super) struct Bucket {
     clients: Arc<S3Clients>,
@@ -74,8 +82,8 @@ impl Bucket {
         Ok(())
     }
 
-    /// Asks, and once more in the bucket's own region or without credentials if that is what was
-    /// wrong.
+    /// Asks, and again in the bucket's own region, without credentials or with those that are there by
+    /// now, if that may be what was wrong.
     pub(super) async fn ask<T, E, F>(
         &self,
         question: &Question,
@@ -85,36 +93,61 @@ impl Bucket {
         E: ProvideErrorMetadata + std::error::Error + 'static,
         F: Future<Output = Result<T, SdkError<E, HttpResponse>>>,
     {
-        let (mut moved, mut unsigned) = (false, false);
+        let mut tried = Tried::default();
         loop {
             let connection = self.connection().await?;
             let error = match ask(Arc::clone(&connection)).await {
-                Ok(answer) => return Ok(answer),
+                Ok(answer) => {
+                    self.clients.note_success(connection.signer);
+                    return Ok(answer);
+                }
                 Err(error) => error,
             };
             let mut failure = Failure::of(&error);
             self.config
                 .secrets()
                 .for_each(|secret| failure.mask(secret));
-            if !unsigned && connection.signer == Signer::Chain && failure.nothing_found() {
-                unsigned = true;
-                self.clients.note_nothing_found();
-                tracing::debug!(bucket = self.name, "no AWS credentials, asking without");
-                let region = &connection.region;
-                self.reconnect(Signer::NothingFound, region).await?;
-                continue;
+            if self.clients.chain_worked() {
+                failure.credentials_come_back();
             }
-            if !moved
-                && failure.is_elsewhere()
-                && let Some(region) = self.region(&connection, &failure).await
-            {
-                moved = true;
-                tracing::debug!(bucket = self.name, region, "bucket is in another region");
-                self.reconnect(connection.signer, &region).await?;
-                continue;
+            if !self.mend(&connection, &failure, &mut tried).await? {
+                return Err(refusal::refusal(self, &connection, question, failure));
             }
-            return Err(refusal::refusal(self, &connection, question, failure));
         }
+    }
+
+    /// Connects anew if that may mend `failure`; says whether it did.
+    async fn mend(
+        &self,
+        connection: &Connection,
+        failure: &Failure,
+        tried: &mut Tried,
+    ) -> Result<bool, SourceError> {
+        let region = &connection.region;
+        if !tried.unsigned && connection.signer == Signer::Chain && failure.nothing_found() {
+            tried.unsigned = true;
+            self.clients.note_nothing_found();
+            tracing::debug!(bucket = self.name, "no AWS credentials, asking without");
+            self.reconnect(Signer::NothingFound, region).await?;
+            return Ok(true);
+        }
+        if !tried.chain_anew && connection.signer == Signer::NothingFound && failure.is_denied() {
+            // Nothing may have been found because the instance did not answer just then.
+            (tried.chain_anew, tried.unsigned) = (true, false);
+            tracing::debug!(bucket = self.name, "looking for AWS credentials anew");
+            self.reconnect(Signer::Chain, region).await?;
+            return Ok(true);
+        }
+        if !tried.moved
+            && failure.is_elsewhere()
+            && let Some(region) = self.region(connection, failure).await
+        {
+            tried.moved = true;
+            tracing::debug!(bucket = self.name, region, "bucket is in another region");
+            self.reconnect(connection.signer, &region).await?;
+            return Ok(true);
+        }
+        Ok(false)
     }
 
     /// The bucket's region, if it is another one than we asked in.

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -43,6 +44,8 @@ pub struct S3Clients {
     base: OnceCell<SdkConfig>,
     /// When the default chain had no credentials.
     nothing_found: Mutex<Option<Instant>>,
+    /// Whether a request was answered that the chain's credentials signed.
+    chain_worked: AtomicBool,
 }
 
 /// No HTTP client can be made, for example because no root certificates were found.
@@ -63,12 +66,26 @@ impl S3Clients {
             http: Http::new().map_err(S3ClientError)?,
             base,
             nothing_found: Mutex::default(),
+            chain_worked: AtomicBool::new(false),
         }))
     }
 
     /// The chain has no credentials; all that follows is unsigned, for a while.
     pub(super) fn note_nothing_found(&self) {
         *self.nothing_found() = Some(Instant::now());
+    }
+
+    /// A request by that signer was answered.
+    pub(super) fn note_success(&self, signer: Signer) {
+        if signer == Signer::Chain {
+            self.chain_worked.store(true, Ordering::Relaxed);
+            *self.nothing_found() = None;
+        }
+    }
+
+    /// The chain has had credentials: if it has none now, they come back.
+    pub(super) fn chain_worked(&self) -> bool {
+        self.chain_worked.load(Ordering::Relaxed)
     }
 
     fn nothing_found(&self) -> std::sync::MutexGuard<'_, Option<Instant>> {

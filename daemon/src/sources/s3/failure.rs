@@ -4,6 +4,7 @@ use std::error::Error;
 use std::io;
 use std::time::Duration;
 
+use aws_config::imds::client::error::ImdsError;
 use aws_credential_types::provider::error::CredentialsError;
 use aws_sdk_s3::config::http::HttpResponse;
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
@@ -86,6 +87,21 @@ impl Failure {
         matches!(self.kind, Kind::NothingFound)
     }
 
+    /// Takes credentials that were not found for ones that cannot be had just now: there were some before.
+    pub(super) fn credentials_come_back(&mut self) {
+        if self.nothing_found() {
+            self.kind = Kind::NoCredentials {
+                reason: "none are found now, though there were some before".to_owned(),
+                passing: true,
+            };
+        }
+    }
+
+    /// Did S3 refuse for who asked?
+    pub(super) fn is_denied(&self) -> bool {
+        matches!(&self.kind, Kind::Answer { status, .. } if matches!(status, 401 | 403))
+    }
+
     /// Is that because the bucket is in another region?
     pub(super) fn is_elsewhere(&self) -> bool {
         let Kind::Answer { status, code, .. } = &self.kind else {
@@ -107,9 +123,21 @@ fn without_credentials(error: &CredentialsError) -> Kind {
         return Kind::NothingFound;
     }
     let network = find::<ConnectorError>(error).is_some() || find::<io::Error>(error).is_some();
+    let timed_out = matches!(error, CredentialsError::ProviderTimedOut(_));
     Kind::NoCredentials {
         reason: printable(&Chain(error).to_string()),
-        passing: network || matches!(error, CredentialsError::ProviderTimedOut(_)),
+        passing: network || timed_out || find::<ImdsError>(error).is_some_and(passes),
+    }
+}
+
+/// May the instance give credentials a little later?
+fn passes(error: &ImdsError) -> bool {
+    match error {
+        ImdsError::ErrorResponse(answer) => {
+            let status = answer.response().status().as_u16();
+            status == 429 || status >= 500
+        }
+        _ => true,
     }
 }
 

@@ -1,5 +1,7 @@
 //! What a prefix holds.
 
+use std::collections::HashSet;
+
 use aws_sdk_s3::operation::list_objects_v2::ListObjectsV2Output;
 use weightd_core::model::Revision;
 use weightd_core::source::SourceError;
@@ -8,6 +10,9 @@ use super::bucket::{Bucket, Question};
 
 /// More objects than any model has: somebody named a whole bucket by mistake.
 const MOST_OBJECTS: usize = 500_000;
+
+/// A page may hold few objects, or none, but not so few that this is reached.
+const PAGES: usize = 100_000;
 
 /// One object as it is listed.
 #[derive(Debug, Clone)]
@@ -35,6 +40,7 @@ pub(super) fn bare_etag(etag: Option<&str>) -> String {
 pub(super) async fn list(bucket: &Bucket) -> Result<Objects, SourceError> {
     let mut all = Vec::new();
     let mut next: Option<String> = None;
+    let mut seen = HashSet::new();
     loop {
         let page = page(bucket, &bucket.prefix, None, next.as_deref()).await?;
         for object in page.contents() {
@@ -66,11 +72,14 @@ pub(super) async fn list(bucket: &Bucket) -> Result<Objects, SourceError> {
         if page.is_truncated() != Some(true) {
             break;
         }
-        let token = page.next_continuation_token().map(str::to_owned);
-        if token.is_none() || token == next {
-            return Err(nonsense(bucket, "a listing that does not go on"));
+        next = page.next_continuation_token().map(str::to_owned);
+        let goes_on = next.clone().is_some_and(|token| seen.insert(token));
+        if !goes_on || seen.len() == PAGES {
+            return Err(nonsense(
+                bucket,
+                "a listing that does not go on, or never ends",
+            ));
         }
-        next = token;
     }
     if all.is_empty() {
         return Err(nothing(bucket).await);

@@ -83,8 +83,7 @@ pub(super) async fn look(bucket: &Bucket, listed: &Listed) -> Result<Object, Sou
     Ok(Object {
         claims: claims(&head, &question.what)?,
         checked_by_s3: whole_sha256(&head).is_some(),
-        // A weak ETag stands for bytes that are alike, not for the same ones.
-        identity: (!etag.starts_with("W/")).then(|| format!("s3:{identity}:{}", listed.size)),
+        identity: (!is_weak(&etag)).then(|| format!("s3:{identity}:{}", listed.size)),
         size: listed.size,
         version: version.map(str::to_owned),
         etag,
@@ -169,7 +168,7 @@ pub(super) async fn read(
             let request = request
                 .key(&object.key)
                 .set_version_id(object.version.clone())
-                .if_match(quoted(&object.etag))
+                .set_if_match(exact(&object.etag))
                 .range(format!("bytes={}-{}", range.start, range.end - 1));
             request.send().await
         })
@@ -183,11 +182,16 @@ pub(super) async fn read(
     Ok(rest.stream())
 }
 
-fn quoted(etag: &str) -> String {
-    match etag.starts_with("W/") {
-        true => etag.to_owned(),
-        false => format!("\"{etag}\""),
-    }
+/// The precondition that names these very bytes. A weak ETag never meets it: [`check`] alone compares it.
+///
+/// Source: RFC 9110, section 13.1.1.
+fn exact(etag: &str) -> Option<String> {
+    (!is_weak(etag)).then(|| format!("\"{etag}\""))
+}
+
+/// A weak ETag stands for bytes that are alike, not for the same ones.
+fn is_weak(etag: &str) -> bool {
+    etag.starts_with("W/")
 }
 
 /// Is the body that of the object we mean, from the byte that we asked for?

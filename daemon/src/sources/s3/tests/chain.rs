@@ -127,6 +127,67 @@ async fn container(State(issuer): State<Issuer>, headers: HeaderMap) -> (StatusC
     (StatusCode::OK, answer.to_string())
 }
 
+/// An instance whose role is there only after it was asked for a few times, or that fails that often.
+#[derive(Clone)]
+struct Instance {
+    issuer: Issuer,
+    failures: Arc<AtomicUsize>,
+    status: StatusCode,
+}
+
+async fn role(State(instance): State<Instance>) -> (StatusCode, String) {
+    let left = |left: usize| left.checked_sub(1);
+    let (relaxed, failures) = (Ordering::Relaxed, &instance.failures);
+    match failures.fetch_update(relaxed, relaxed, left) {
+        Ok(_) => (instance.status, String::new()),
+        Err(_) => (StatusCode::OK, "weightd".to_owned()),
+    }
+}
+
+async fn role_keys(State(instance): State<Instance>) -> String {
+    let answer = serde_json::json!({
+        "Code": "Success",
+        "Type": "AWS-HMAC",
+        "LastUpdated": "2020-01-01T00:00:00Z",
+        "AccessKeyId": instance.issuer.access_key,
+        "SecretAccessKey": instance.issuer.secret_key,
+        "Token": "session",
+        "Expiration": "2099-01-01T00:00:00Z",
+    });
+    answer.to_string()
+}
+
+async fn instance(s3: &S3Server, failures: usize, status: StatusCode) -> String {
+    let issuer = Issuer {
+        access_key: s3.access_key().to_owned(),
+        secret_key: s3.secret_key().to_owned(),
+        issued: Arc::default(),
+    };
+    let instance = Instance {
+        issuer,
+        failures: Arc::new(AtomicUsize::new(failures)),
+        status,
+    };
+    let token = || async {
+        let ttl = [("x-aws-ec2-metadata-token-ttl-seconds", "21600")];
+        (ttl, "token")
+    };
+    let roles = "/latest/meta-data/iam/security-credentials/";
+    let routes = Router::new()
+        .route("/latest/api/token", axum::routing::put(token))
+        .route(roles, get(role))
+        .route(&format!("{roles}weightd"), get(role_keys))
+        .with_state(instance);
+    serve(routes).await
+}
+
+async fn serve(routes: Router) -> String {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move { axum::serve(listener, routes).await });
+    format!("http://{address}")
+}
+
 async fn issuer(s3: &S3Server) -> (String, Arc<AtomicUsize>) {
     let issued = Arc::default();
     let issuer = Issuer {
@@ -138,10 +199,7 @@ async fn issuer(s3: &S3Server) -> (String, Arc<AtomicUsize>) {
     let routes = routes
         .route("/v1/credentials", get(container))
         .with_state(issuer);
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    tokio::spawn(async move { axum::serve(listener, routes).await });
-    (format!("http://{address}"), issued)
+    (serve(routes).await, issued)
 }
 
 #[tokio::test]
@@ -265,4 +323,33 @@ async fn without_credentials_public_buckets_can_be_read_and_others_say_what_to_d
         "{:?}",
         started.elapsed()
     );
+}
+
+#[tokio::test]
+async fn an_instance_that_finds_no_role_at_first_is_asked_again() {
+    // The first list of the process asks it twice, and the second list once more.
+    for (failures, status) in [(1, 404), (2, 404), (0, 200)] {
+        let (s3, home) = (model().await, tempfile::tempdir().unwrap());
+        let instance = instance(&s3, failures, StatusCode::from_u16(status).unwrap()).await;
+        let variables = [
+            ("AWS_REGION", "us-east-1"),
+            ("AWS_EC2_METADATA_DISABLED", "false"),
+            ("AWS_EC2_METADATA_SERVICE_ENDPOINT", instance.as_str()),
+        ];
+        let result = run(&s3, home.path(), &variables).await;
+        assert_eq!(result, "3 files", "after {failures} failures");
+    }
+}
+
+#[tokio::test]
+async fn an_instance_that_fails_is_unavailable_and_denies_nothing() {
+    let (s3, home) = (model().await, tempfile::tempdir().unwrap());
+    let instance = instance(&s3, 1000, StatusCode::INTERNAL_SERVER_ERROR).await;
+    let variables = [
+        ("AWS_REGION", "us-east-1"),
+        ("AWS_EC2_METADATA_DISABLED", "false"),
+        ("AWS_EC2_METADATA_SERVICE_ENDPOINT", instance.as_str()),
+    ];
+    let error = run(&s3, home.path(), &variables).await;
+    assert!(error.contains("is unavailable"), "{error}");
 }

@@ -67,6 +67,28 @@ async fn a_revision_stands_for_exactly_one_listing() {
 }
 
 #[tokio::test]
+async fn a_listing_that_goes_round_in_a_circle_is_refused() {
+    let s3 = model().await;
+    for token in ["a", "b", "a", "b", "a"] {
+        let page = format!(
+            "<ListBucketResult><Name>models</Name><Prefix>x/</Prefix><KeyCount>0</KeyCount>\
+             <MaxKeys>2</MaxKeys><IsTruncated>true</IsTruncated>\
+             <NextContinuationToken>{token}</NextContinuationToken></ListBucketResult>"
+        );
+        s3.fault(weightd_standin::Fault::new(
+            weightd_standin::FaultKind::Status {
+                status: 200,
+                headers: vec![],
+                body: page,
+            },
+        ));
+    }
+    let error = open(&s3, "s3://models/x").resolve().await.unwrap_err();
+    assert!(error.to_string().contains("does not go on"), "{error}");
+    assert_eq!(s3.requests().len(), 3);
+}
+
+#[tokio::test]
 async fn a_listing_at_a_revision_needs_no_question_before_it() {
     let s3 = model().await;
     let revision = open(&s3, "s3://models/x").resolve().await.unwrap();

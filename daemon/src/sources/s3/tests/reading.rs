@@ -114,6 +114,42 @@ async fn a_server_that_ignores_the_precondition_is_caught() {
 }
 
 #[tokio::test]
+async fn a_weak_etag_is_no_precondition_but_compared() {
+    let s3 = server().await;
+    s3.put("models", "x/a.json", "{}", PutOptions::default());
+    let weak = |status, more: &[(&str, &str)], body: &str| {
+        let headers = [&[("etag", "W/\"a\"")], more].concat();
+        let own = |(name, value): (&str, &str)| (name.to_owned(), value.to_owned());
+        Fault::new(FaultKind::Status {
+            status,
+            headers: headers.into_iter().map(own).collect(),
+            body: body.to_owned(),
+        })
+    };
+    let page = "<ListBucketResult><Contents><Key>x/a.json</Key><Size>2</Size>\
+                <ETag>W/&quot;a&quot;</ETag></Contents></ListBucketResult>";
+    s3.fault(weak(200, &[], page));
+    s3.fault(weak(200, &[], "{}").method("HEAD"));
+    let source = open(&s3, "s3://models/x");
+    let files = list(&source).await.unwrap().files;
+    assert_eq!(files[0].identity, None);
+    s3.clear_requests();
+
+    s3.fault(weak(206, &[("content-range", "bytes 0-1/2")], "{}"));
+    let same = bytes(&source, &files[0], 0..2).await.unwrap();
+    let other = bytes(&source, &files[0], 0..2).await.unwrap_err();
+
+    assert_eq!(same, b"{}");
+    assert!(matches!(other, SourceError::Changed { .. }), "{other}");
+    let requests = s3.requests();
+    assert!(
+        requests
+            .iter()
+            .all(|request| request.header("if-match").is_none())
+    );
+}
+
+#[tokio::test]
 async fn a_server_without_ranges_is_read_from_the_first_byte_only() {
     let s3 = model().await;
     s3.allow_anonymous("models");
