@@ -14,9 +14,8 @@ use tokio_util::task::TaskTracker;
 use tonic::transport::Server;
 use weightd_core::blocking;
 use weightd_core::errors::Chain;
-use weightd_core::fetch::{FetchError, FetchRequest, Fetcher};
+use weightd_core::fetch::{FetchRequest, Fetcher};
 use weightd_core::metrics::Metrics;
-use weightd_core::source::SourceError;
 use weightd_core::store::{Partial, Store, StoreError};
 use weightd_proto::weightd::v1::control_server::ControlServer;
 
@@ -254,7 +253,7 @@ impl Daemon {
         self.tasks.spawn(async move {
             tokio::select! {
                 () = stop.cancelled() => {}
-                () = keep_trying(&fetcher, request) => {}
+                _ = fetcher.keep_trying(request) => {}
             }
         });
     }
@@ -305,28 +304,5 @@ impl Daemon {
             () = drain => Ok(()),
             () = signals.next() => std::process::exit(130),
         }
-    }
-}
-
-/// Fetches, and asks again later as long as the origin is only unavailable.
-async fn keep_trying(fetcher: &Arc<Fetcher>, request: FetchRequest) {
-    const LONGEST: Duration = Duration::from_secs(300);
-    let mut pause = Duration::from_secs(5);
-    loop {
-        match fetcher.fetch(request.clone()).wait().await {
-            Err(FetchError::Source {
-                source: SourceError::Unavailable { .. },
-                ..
-            }) => {}
-            Err(error @ (FetchError::Stopped { .. } | FetchError::Defect { .. })) => {
-                tracing::debug!(%error, "prefetch ended");
-                return;
-            }
-            // The fetcher has logged it: asking again is no use.
-            Ok(_) | Err(_) => return,
-        }
-        tracing::info!(model = %request.model, pause_s = pause.as_secs(), "trying again later");
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(LONGEST);
     }
 }

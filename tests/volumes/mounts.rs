@@ -227,11 +227,19 @@ async fn a_volume_that_is_mounted_at_once_fills_and_is_marked_last() {
     assert!(node.pins().is_empty() && node.mounted().is_empty());
 }
 
+/// The shards never arrive as they are listed.
+fn corrupt() -> Fault {
+    let what = FaultKind::Corrupt {
+        at_byte: 5000,
+        xor: 1,
+    };
+    Fault::new(what).on(Origin::Cdn).forever()
+}
+
 #[tokio::test]
 async fn a_pod_is_told_why_its_volume_does_not_fill() {
     let node = Node::running().await;
-    let refused = Fault::status(404).on(Origin::Cdn).forever();
-    node.hub.fault(refused);
+    node.hub.fault(corrupt());
     let ask = Ask::new("pod-1", &[("source", MODEL), ("mode", "async")]);
 
     node.publish(&ask).await.expect("published");

@@ -36,10 +36,16 @@ impl Running {
         self.0.wait().expect("it ends");
     }
 
-    /// Whether it died by SIGKILL on its own, as at a fault point.
-    pub(crate) fn died(&mut self) -> bool {
-        let status = self.0.try_wait().expect("it can be waited for");
-        status.is_some_and(|status| status.signal() == Some(9))
+    /// Whether it dies by SIGKILL on its own, as at a fault point. Its sockets close a moment before that.
+    pub(crate) async fn dies(&mut self) -> bool {
+        let begun = Instant::now();
+        loop {
+            let status = self.0.try_wait().expect("it can be waited for");
+            if status.is_some() || begun.elapsed() > Duration::from_secs(20) {
+                return status.is_some_and(|status| status.signal() == Some(9));
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
     }
 }
 
