@@ -15,9 +15,14 @@ test *arguments:
 e2e-outside:
     tests/outside/run
 
-# Measure: `just bench prefetch`
+# Measure fetch, verify and sync: `just bench --gigabytes 4`
 bench *arguments:
-    cargo bench -p weightd {{ arguments }}
+    cargo bench -p weightd --bench prefetch -- {{ arguments }}
+
+# Measure how long kubelet waits for a cached model: `just bench-publish --calls 1000`
+bench-publish *arguments:
+    cargo build --release -p weightd
+    cargo bench -p weightd-csi --bench publish -- {{ arguments }}
 
 # The main job, offline, on an embedded origin
 demo *arguments:
