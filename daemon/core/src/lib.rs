@@ -39,6 +39,14 @@
 //! - `refs/` holds the revision beside the snapshot, so that other file patterns find theirs.
 //! - The S3 revision leaves the version id out of the digest: an ETag tells contents apart, and asking
 //!   for versions would need one more permission. Reads name the version all the same.
+//! - A volume that is no snapshot's own tree (another layout, or not complete yet) is a directory of hard
+//!   links below `volumes/`, so that what is mounted never moves while it fills.
+//! - A volume's holder is named after its target path (`csi/<pod uid>.<volume>`), not after its volume id:
+//!   an unmount and a restart know no more than the path, and pods may share a persistent volume.
+//! - A digest that an uploader wrote into S3 metadata is checked, but brings no bytes from the store to a
+//!   pod: a bucket's owner could name the digest of bytes that are not theirs.
+//! - Without access rules any namespace may mount what the node's own S3 credentials can read; the daemon
+//!   says so as it starts. For models of the Hub its own token never counts.
 
 pub mod blocking;
 pub mod digest;
