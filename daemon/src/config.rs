@@ -374,15 +374,8 @@ impl Config {
                     source,
                 })
         });
-        Ok(match (endpoint.transpose()?, token.transpose()?) {
-            // The environment is not even looked at: it may be wrong.
-            (Some(endpoint), Some(token)) => HfConfig::new(endpoint, Some(token))?,
-            (Some(endpoint), None) => {
-                HfConfig::new(endpoint, HfConfig::from_env()?.token().cloned())?
-            }
-            (None, Some(token)) => HfConfig::from_env()?.with_token(Some(token))?,
-            (None, None) => HfConfig::from_env()?,
-        })
+        let config = HfConfig::from_env_unless(endpoint.transpose()?, token.transpose()?);
+        Ok(config?)
     }
 
     /// How S3 is reached, and as whom.

@@ -85,15 +85,42 @@ impl HfConfig {
     ///
     /// As [`HfConfig::new`]; [`HfConfigError::TokenFile`] if a token file is there but unreadable.
     pub fn from_env() -> Result<Self, HfConfigError> {
-        Self::from_variables(|name| std::env::var(name).ok().filter(|text| !text.is_empty()))
+        Self::from_env_unless(None, None)
     }
 
-    fn from_variables(variable: impl Fn(&str) -> Option<String>) -> Result<Self, HfConfigError> {
-        let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| DEFAULT_ENDPOINT.to_owned());
-        let endpoint = Url::parse(endpoint.trim()).map_err(|error| HfConfigError::Endpoint {
-            reason: error.to_string(),
-        })?;
-        Self::new(endpoint, token(variable)?)
+    /// The same, but what is given is not looked for: it may be wrong there.
+    ///
+    /// # Errors
+    ///
+    /// [`HfConfigError`].
+    pub fn from_env_unless(
+        endpoint: Option<Url>,
+        token: Option<SecretString>,
+    ) -> Result<Self, HfConfigError> {
+        Self::from_variables_unless(endpoint, token, |name| {
+            std::env::var(name).ok().filter(|text| !text.is_empty())
+        })
+    }
+
+    fn from_variables_unless(
+        endpoint: Option<Url>,
+        given: Option<SecretString>,
+        variable: impl Fn(&str) -> Option<String>,
+    ) -> Result<Self, HfConfigError> {
+        let endpoint = match endpoint {
+            Some(endpoint) => endpoint,
+            None => {
+                let text = variable("HF_ENDPOINT").unwrap_or_else(|| DEFAULT_ENDPOINT.to_owned());
+                Url::parse(text.trim()).map_err(|error| HfConfigError::Endpoint {
+                    reason: error.to_string(),
+                })?
+            }
+        };
+        let token = match given {
+            Some(token) => Some(token),
+            None => token(variable)?,
+        };
+        Self::new(endpoint, token)
     }
 
     /// The same endpoint with another requester's token, or none.
@@ -189,7 +216,7 @@ mod tests {
     use super::*;
 
     fn from(variables: &[(&str, &str)]) -> Result<HfConfig, HfConfigError> {
-        HfConfig::from_variables(|name| {
+        HfConfig::from_variables_unless(None, None, |name| {
             let found = variables.iter().find(|(key, _)| *key == name);
             found.map(|(_, value)| (*value).to_owned())
         })
@@ -218,6 +245,24 @@ mod tests {
         std::fs::create_dir_all(dir.path().join(".cache/huggingface")).unwrap();
         std::fs::write(dir.path().join(".cache/huggingface/token"), "login").unwrap();
         assert_eq!(token_of(&[("HOME", home)]).unwrap(), "login");
+    }
+
+    #[test]
+    fn what_is_given_is_not_looked_for() {
+        let wrong = |_: &str| Some("://\u{7}".to_owned());
+        let endpoint = Url::parse("https://hub.example").unwrap();
+        let token = || Some(SecretString::from("given"));
+        let with = HfConfig::from_variables_unless;
+
+        assert!(with(Some(endpoint.clone()), token(), wrong).is_ok());
+        assert!(matches!(
+            with(None, token(), wrong),
+            Err(HfConfigError::Endpoint { .. })
+        ));
+        assert!(matches!(
+            with(Some(endpoint), None, wrong),
+            Err(HfConfigError::Token { .. })
+        ));
     }
 
     #[test]
