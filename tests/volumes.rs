@@ -2,6 +2,10 @@
 
 #[path = "volumes/access.rs"]
 mod access;
+#[path = "volumes/annotations.rs"]
+mod annotations;
+#[path = "volumes/api.rs"]
+mod api;
 #[path = "volumes/mounts.rs"]
 mod mounts;
 #[path = "volumes/node.rs"]

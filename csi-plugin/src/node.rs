@@ -16,7 +16,7 @@ use weightd_proto::weightd::v1::{AcquireRequest, Acquired};
 use crate::blocking;
 use crate::daemon::Daemon;
 use crate::mount::{self, Mount, Place};
-use crate::pod::{PodName, Pods, model_annotation};
+use crate::pod::{ModelAnnotation, PodName, Pods, model_annotation};
 use crate::volume::{KubeletDir, Target, Volume};
 
 mod words;
@@ -101,8 +101,15 @@ impl Node {
             true => self.annotation(pod.as_ref(), &target).await?,
             false => None,
         };
-        let request = volume.request(annotation.as_deref())?;
-        let acquired = self.acquire(request, pod.as_ref(), deadline).await?;
+        let model = annotation.as_ref().map(|found| found.model.as_str());
+        let acquired = async {
+            let request = volume.request(model)?;
+            self.acquire(request, pod.as_ref(), deadline).await
+        };
+        let acquired = acquired.await.map_err(|status| match &annotation {
+            Some(found) => words::of_annotated(&found.key, status),
+            None => status,
+        })?;
         let (from, to) = (PathBuf::from(&acquired.path), target.path.clone());
         let mounted = blocking(move || mount::bind(&from, &to)).await;
         if let Err(error) = mounted {
@@ -167,12 +174,12 @@ impl Node {
         Ok(top.map(|top| Found { top, all }))
     }
 
-    /// The model that the pod's annotations name.
+    /// Which model the pod's annotations name.
     async fn annotation(
         &self,
         pod: Option<&PodName>,
         target: &Target,
-    ) -> Result<Option<String>, Status> {
+    ) -> Result<Option<ModelAnnotation>, Status> {
         let Some(pod) = pod else {
             return Ok(None);
         };
@@ -185,7 +192,7 @@ impl Node {
         let annotations = pods.annotations(pod).await;
         let annotations = annotations.map_err(|error| words::of_pod(&error))?;
         let volume = target.volume.as_deref().unwrap_or_default();
-        Ok(model_annotation(&annotations, volume).map(str::to_owned))
+        Ok(model_annotation(&annotations, volume))
     }
 
     /// Waits for the daemon; not longer than kubelet does, and not for a pod that is going away.

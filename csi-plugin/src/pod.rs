@@ -267,15 +267,26 @@ fn is(found: &Metadata, pod: &PodName) -> bool {
     uids(found).any(|uid| uid == pod.uid)
 }
 
-/// The model that the annotations choose for `volume`: the volume's own, else the pod's. A blank one is none.
-pub fn model_annotation<'a>(
-    annotations: &'a BTreeMap<String, String>,
+/// A model that an annotation names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelAnnotation {
+    /// The annotation.
+    pub key: String,
+    /// What it says, without the white space around it.
+    pub model: String,
+}
+
+/// What the annotations choose for `volume`: its own one, else the pod's. A blank one is none.
+pub fn model_annotation(
+    annotations: &BTreeMap<String, String>,
     volume: &str,
-) -> Option<&'a str> {
+) -> Option<ModelAnnotation> {
     let own = format!("weightd.io/volume.{volume}");
-    [own.as_str(), "weightd.io/model"]
+    [own, "weightd.io/model".to_owned()]
         .into_iter()
-        .filter_map(|key| annotations.get(key))
-        .map(String::as_str)
-        .find(|model| !model.trim().is_empty())
+        .find_map(|key| {
+            // A block of YAML ends in a line break.
+            let model = annotations.get(&key)?.trim().to_owned();
+            (!model.is_empty()).then_some(ModelAnnotation { key, model })
+        })
 }

@@ -104,7 +104,9 @@ impl Namespace {
 /// What a pod asks for.
 #[derive(Clone)]
 pub(crate) struct Ask {
+    /// The pod's uid.
     pub(crate) pod: String,
+    pub(crate) name: String,
     pub(crate) attributes: HashMap<String, String>,
     pub(crate) secrets: HashMap<String, String>,
     pub(crate) namespace: String,
@@ -114,6 +116,7 @@ impl Ask {
     pub(crate) fn new(pod: &str, attributes: &[(&str, &str)]) -> Self {
         Self {
             pod: pod.to_owned(),
+            name: "pod".to_owned(),
             attributes: map(attributes),
             secrets: HashMap::new(),
             namespace: "team-a".to_owned(),
@@ -126,6 +129,11 @@ impl Ask {
 
     pub(crate) fn secret(mut self, key: &str, value: &str) -> Self {
         self.secrets.insert(key.to_owned(), value.to_owned());
+        self
+    }
+
+    pub(crate) fn named(mut self, name: &str) -> Self {
+        name.clone_into(&mut self.name);
         self
     }
 
@@ -148,6 +156,7 @@ pub(crate) struct Node {
     pub(crate) daemon: Option<Running>,
     pub(crate) plugin: Option<Running>,
     pub(crate) plugin_options: Vec<String>,
+    pub(crate) plugin_environment: Vec<(String, String)>,
     pub(crate) config: String,
     pub(crate) environment: Vec<(String, String)>,
     namespace: Namespace,
@@ -178,6 +187,7 @@ impl Node {
             daemon: None,
             plugin: None,
             plugin_options: Vec::new(),
+            plugin_environment: Vec::new(),
             config: String::new(),
             environment: Vec::new(),
             namespace: Namespace::new(),
@@ -269,6 +279,8 @@ impl Node {
         command.arg(self.path("weightd.sock"));
         command.arg("--kubelet-dir").arg(self.path("kubelet"));
         command.args(&self.plugin_options).env_clear();
+        let own = self.plugin_environment.iter();
+        command.envs(own.map(|(key, value)| (key.as_str(), value.as_str())));
         command.stderr(self.log("weightd-csi")).stdin(Stdio::null());
         self.plugin = Some(Running::start(&mut command));
         let begun = Instant::now();
@@ -315,7 +327,7 @@ impl Node {
         let (uid, namespace) = (ask.pod.as_str(), ask.namespace.as_str());
         for (key, value) in [
             ("pod.uid", uid),
-            ("pod.name", "pod"),
+            ("pod.name", ask.name.as_str()),
             ("pod.namespace", namespace),
             ("serviceAccount.name", "default"),
             ("ephemeral", "true"),

@@ -34,6 +34,21 @@ pub(super) fn of_pod(error: &PodError) -> Status {
     Status::new(code, chain(error) + &hint.unwrap_or_default())
 }
 
+/// A refusal of what the annotation `key` names: whoever is to mend it must know where it stands.
+pub(super) fn of_annotated(key: &str, status: Status) -> Status {
+    let code = status.code();
+    if !matches!(
+        code,
+        Code::InvalidArgument | Code::NotFound | Code::PermissionDenied
+    ) {
+        return status;
+    }
+    let message = status.message();
+    let (text, hint) = message.split_at(message.find("\nhint: ").unwrap_or(message.len()));
+    let text = format!("{text} (the pod's annotation `{key}` names the model){hint}");
+    Status::new(code, text)
+}
+
 /// The model is on its way: kubelet shall ask again.
 pub(super) fn still_fetching(model: &str, progress: Option<&Progress>) -> Status {
     const GO_ON: &str = "hint: nothing to do: the fetch goes on, and kubelet asks again";
@@ -91,6 +106,20 @@ pub(super) fn log(what: &'static str, path: &str, status: &Status) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_refusal_of_an_annotated_model_names_the_annotation_before_the_remedy() {
+        let key = "weightd.io/model";
+
+        let status = of_annotated(key, Status::not_found("no such model\nhint: look"));
+
+        assert_eq!(status.code(), Code::NotFound);
+        let expected =
+            "no such model (the pod's annotation `weightd.io/model` names the model)\nhint: look";
+        assert_eq!(status.message(), expected);
+        let away = of_annotated(key, Status::unavailable("the daemon is away"));
+        assert_eq!(away.message(), "the daemon is away");
+    }
 
     #[test]
     fn kubelet_is_told_how_far_it_is() {

@@ -516,18 +516,23 @@ fn a_volumes_own_annotation_goes_before_the_pods() {
     };
     let (own, pods) = ("weightd.io/volume.weights", "weightd.io/model");
     for (pairs, expected) in [
-        (&[(own, "a"), (pods, "b")][..], Some("a")),
-        (&[(own, " "), (pods, "b")], Some("b")),
-        (&[("weightd.io/volume.other", "a"), (pods, "b")], Some("b")),
+        (&[(own, "a"), (pods, "b")][..], Some((own, "a"))),
+        (&[(own, " "), (pods, "b")], Some((pods, "b"))),
+        (
+            &[("weightd.io/volume.other", "a"), (pods, "b")],
+            Some((pods, "b")),
+        ),
+        (&[(own, " a\n")], Some((own, "a"))),
         (&[(pods, "\t")], None),
         (&[], None),
     ] {
         let annotations = annotations(pairs);
 
-        assert_eq!(
-            model_annotation(&annotations, "weights"),
-            expected,
-            "{pairs:?}"
-        );
+        let chosen = model_annotation(&annotations, "weights");
+
+        let chosen = chosen
+            .as_ref()
+            .map(|it| (it.key.as_str(), it.model.as_str()));
+        assert_eq!(chosen, expected, "{pairs:?}");
     }
 }
