@@ -12,3 +12,5 @@ mod mounts;
 mod node;
 #[path = "volumes/recovery.rs"]
 mod recovery;
+#[path = "volumes/trouble.rs"]
+mod trouble;

@@ -9,8 +9,7 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 use weightd_proto::weightd::v1::control_client::ControlClient;
 use weightd_proto::weightd::v1::{
-    AcquireEvent, AcquireRequest, HoldRequest, ReleaseRequest, VersionRequest, Volume,
-    VolumesRequest,
+    AcquireEvent, AcquireRequest, HoldRequest, ReleaseRequest, Volume, VolumesRequest,
 };
 
 /// How long a question that needs no origin may take: 10 s. The daemon may be busy collecting.
@@ -44,22 +43,11 @@ impl Daemon {
         }
     }
 
-    /// The directory of the daemon's store.
-    ///
-    /// # Errors
-    ///
-    /// What the daemon answers; `UNAVAILABLE` if it does not.
-    pub async fn root(&self) -> Result<PathBuf, Status> {
-        let mut client = self.client.clone();
-        let version = self.question(client.version(VersionRequest {})).await?;
-        Ok(version.root.into())
-    }
-
     /// Asks for a volume; the stream reports progress and ends with what to mount.
     ///
     /// # Errors
     ///
-    /// As [`Daemon::root`].
+    /// What the daemon answers; `UNAVAILABLE` if it does not.
     pub async fn acquire(
         &self,
         request: AcquireRequest,
@@ -72,7 +60,7 @@ impl Daemon {
     ///
     /// # Errors
     ///
-    /// As [`Daemon::root`].
+    /// As [`Daemon::acquire`].
     pub async fn release(&self, holder: &str) -> Result<(), Status> {
         let mut client = self.client.clone();
         let request = ReleaseRequest {
@@ -85,7 +73,7 @@ impl Daemon {
     ///
     /// # Errors
     ///
-    /// As [`Daemon::root`].
+    /// As [`Daemon::acquire`].
     pub async fn volumes(&self) -> Result<Vec<Volume>, Status> {
         let mut client = self.client.clone();
         let volumes = self.question(client.volumes(VolumesRequest {})).await?;
@@ -96,7 +84,7 @@ impl Daemon {
     ///
     /// # Errors
     ///
-    /// As [`Daemon::root`].
+    /// As [`Daemon::acquire`].
     pub async fn hold(&self, holder: &str, snapshot: &str) -> Result<bool, Status> {
         let mut client = self.client.clone();
         let request = HoldRequest {

@@ -12,6 +12,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 use weightd_csi::daemon::Daemon;
 use weightd_csi::endpoint::Endpoint;
+use weightd_csi::mount::Workshop;
 use weightd_csi::node::Node;
 use weightd_csi::pod::Pods;
 use weightd_csi::reconcile;
@@ -87,9 +88,12 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let pods = Pods::connect(arguments.kubeconfig.as_deref())
         .await
         .context("cannot set up the API server's client")?;
+    let mut workshop = arguments.endpoint.path().as_os_str().to_owned();
+    workshop.push(".mounts");
     let mut node = Node::new(
         Daemon::at(&arguments.daemon_socket),
         kubelet,
+        Workshop::at(workshop.into()),
         pods,
         arguments.node_id.clone(),
     );

@@ -6,6 +6,8 @@ use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -21,9 +23,7 @@ const FLAGS: MsFlags = MsFlags::MS_RDONLY
 /// Source: proc_pid_mountinfo(5).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mount {
-    /// `major:minor` of the file system.
-    pub device: String,
-    /// The directory within that file system which is mounted.
+    /// The directory within its file system which is mounted.
     pub root: PathBuf,
     /// Where it is mounted.
     pub target: PathBuf,
@@ -42,6 +42,20 @@ pub struct MountError {
 }
 
 impl MountError {
+    /// What the operator can do about it, if there is something.
+    #[must_use]
+    pub fn hint(&self) -> Option<&'static str> {
+        match (self.op, self.source.kind()) {
+            ("mount the model's directory", io::ErrorKind::NotFound) => Some(
+                "weightd-csi must see the daemon's store at the same path as the daemon: mount it into its container",
+            ),
+            (_, io::ErrorKind::PermissionDenied) => {
+                Some("weightd-csi must be allowed to mount: its container is privileged")
+            }
+            _ => None,
+        }
+    }
+
     fn new(op: &'static str, path: &Path, source: impl Into<io::Error>) -> Self {
         Self {
             op,
@@ -66,14 +80,12 @@ pub fn mounts() -> Result<Vec<Mount>, MountError> {
 }
 
 fn parse(line: &[u8]) -> Option<Mount> {
-    let mut fields = line.split(|byte| *byte == b' ').skip(2);
-    let device = String::from_utf8(fields.next()?.to_vec()).ok()?;
+    let mut fields = line.split(|byte| *byte == b' ').skip(3);
     let root = unescape(fields.next()?);
     let target = unescape(fields.next()?);
     let options: Vec<&[u8]> = fields.next()?.split(|byte| *byte == b',').collect();
     let wanted: [&[u8]; 4] = [b"ro", b"nosuid", b"nodev", b"noexec"];
     Some(Mount {
-        device,
         root,
         target,
         locked_down: wanted.iter().all(|flag| options.contains(flag)),
@@ -103,37 +115,47 @@ fn unescape(field: &[u8]) -> PathBuf {
     PathBuf::from(std::ffi::OsString::from_vec(bytes))
 }
 
-/// Where a directory lies: its file system, and its path within that.
+/// What a volume shows of a daemon's store.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Place {
-    device: String,
-    path: PathBuf,
+pub enum Shown {
+    /// A snapshot's own tree, by the snapshot's name.
+    Snapshot(String),
+    /// A directory of the volume's own.
+    Own,
+    /// A directory that was deleted under the mount.
+    Deleted,
 }
 
-impl Place {
-    /// The place of `dir`, which must be absolute.
+impl Mount {
+    /// What this mount shows as the volume of `holder`; `None` if it is no volume of this driver. The daemon
+    /// need not run for that, nor its store lie where it lay.
     #[must_use]
-    pub fn of(dir: &Path, mounts: &[Mount]) -> Option<Self> {
-        // A later mount hides an earlier one at the same target.
-        let holder = mounts
-            .iter()
-            .enumerate()
-            .filter(|(_, mount)| dir.starts_with(&mount.target))
-            .max_by_key(|(at, mount)| (mount.target.components().count(), *at))?;
-        let (_, mount) = holder;
-        let below = dir.strip_prefix(&mount.target).ok()?;
-        Some(Self {
-            device: mount.device.clone(),
-            path: mount.root.join(below),
-        })
+    pub fn shown_to(&self, holder: &str) -> Option<Shown> {
+        let root = self.root.to_str()?;
+        // The kernel's mark.
+        let (root, deleted) = match root.strip_suffix("//deleted") {
+            Some(root) => (root, true),
+            None => (root, false),
+        };
+        let below = root.strip_suffix("/tree")?;
+        let shown = if below.ends_with(&format!("/volumes/{holder}")) {
+            Shown::Own
+        } else {
+            let (dir, id) = below.rsplit_once('/')?;
+            (dir.ends_with("/snapshots") && is_snapshot(id))
+                .then(|| Shown::Snapshot(id.to_owned()))?
+        };
+        Some(if deleted { Shown::Deleted } else { shown })
     }
+}
 
-    /// The path below this place that `mount` shows, if it shows one.
-    #[must_use]
-    pub fn shown_by<'a>(&self, mount: &'a Mount) -> Option<&'a Path> {
-        let same = mount.device == self.device;
-        same.then(|| mount.root.strip_prefix(&self.path).ok())?
-    }
+/// Whether a name is one that the daemon gives to snapshots: `hf-org-model-<24 hex digits>`.
+fn is_snapshot(name: &str) -> bool {
+    let hex = |text: &str| text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let scheme = ["hf-", "s3-", "file-"];
+    let digest = name.rsplit_once('-').map(|(_, digest)| digest);
+    scheme.iter().any(|scheme| name.starts_with(scheme))
+        && digest.is_some_and(|digest| digest.len() == 24 && hex(digest))
 }
 
 /// What is mounted at `target`, topmost.
@@ -142,49 +164,112 @@ pub fn at<'a>(target: &Path, mounts: &'a [Mount]) -> Option<&'a Mount> {
     mounts.iter().rev().find(|mount| mount.target == target)
 }
 
-/// Mounts the directory `from` at `target`, which is created, so that nothing can be changed through it.
+/// A directory of the plugin's own, seen by nobody else, where mounts are locked down before they appear at
+/// their targets.
 ///
-/// # Errors
-///
-/// [`MountError`]; then nothing is left mounted.
-pub fn bind(from: &Path, target: &Path) -> Result<(), MountError> {
-    // Kubelet makes the parent, not the target.
-    let made = DirBuilder::new().recursive(true).mode(0o750).create(target);
-    made.map_err(|error| MountError::new("create", target, error))?;
-    mount(Some(from), target, none(), MsFlags::MS_BIND, none())
-        .map_err(|errno| MountError::new("mount a model at", target, errno))?;
-    lock_down(target).inspect_err(|_| {
-        let _ = umount2(target, MntFlags::MNT_DETACH);
-    })
+/// Linux makes a bind mount read-only in two steps. What appears in kubelet's directory appears on the node as
+/// well, at once and with the flags that it has then; of the second step the node never learns.
+#[derive(Debug)]
+pub struct Workshop {
+    dir: PathBuf,
+    /// Whether it is mounted.
+    open: Mutex<bool>,
+    next: AtomicU64,
 }
 
-/// Takes every right to change or run something away from the mount at `target`.
-///
-/// # Errors
-///
-/// [`MountError`].
-pub fn lock_down(target: &Path) -> Result<(), MountError> {
-    // Linux ignores these flags on the first bind, so a second call sets them.
-    let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | FLAGS;
-    mount(none(), target, none(), flags, none())
-        .map_err(|errno| MountError::new("make read-only", target, errno))
+impl Workshop {
+    /// One at `dir`, which is made when the first volume is.
+    #[must_use]
+    pub fn at(dir: PathBuf) -> Self {
+        Self {
+            dir,
+            open: Mutex::new(false),
+            next: AtomicU64::new(0),
+        }
+    }
+
+    /// Mounts the directory `from` at `target`, which is created, so that nothing can be changed through it, by
+    /// whatever name. The parent of `target` must be there.
+    ///
+    /// # Errors
+    ///
+    /// [`MountError`]; then nothing is left mounted.
+    pub fn bind(&self, from: &Path, target: &Path) -> Result<(), MountError> {
+        self.open()?;
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let bench = self.dir.join(number.to_string());
+        create(&bench)?;
+        let made = Self::bind_at(&bench, from, target);
+        let _ = umount2(&bench, MntFlags::MNT_DETACH);
+        let _ = fs::remove_dir(&bench);
+        made
+    }
+
+    fn bind_at(bench: &Path, from: &Path, target: &Path) -> Result<(), MountError> {
+        mount(Some(from), bench, none(), MsFlags::MS_BIND, none())
+            .map_err(|errno| MountError::new("mount the model's directory", from, errno))?;
+        // Linux ignores these flags on the first bind.
+        let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | FLAGS;
+        mount(none(), bench, none(), flags, none())
+            .map_err(|errno| MountError::new("make read-only", from, errno))?;
+        create(target)?;
+        let mounted = mount(Some(bench), target, none(), MsFlags::MS_BIND, none());
+        mounted.map_err(|errno| {
+            let _ = fs::remove_dir(target);
+            MountError::new("mount a model at", target, errno)
+        })
+    }
+
+    fn open(&self) -> Result<(), MountError> {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if *open {
+            return Ok(());
+        }
+        let dir = &self.dir;
+        create(dir)?;
+        // What a killed plugin left, where it lived in the node's own namespace.
+        while umount2(dir, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).is_ok() {}
+        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+        let options = Some("size=64k,mode=0700");
+        mount(Some("weightd-csi"), dir, Some("tmpfs"), flags, options)
+            .map_err(|errno| MountError::new("mount a directory of its own at", dir, errno))?;
+        mount(none(), dir, none(), MsFlags::MS_PRIVATE, none())
+            .map_err(|errno| MountError::new("hide", dir, errno))?;
+        *open = true;
+        Ok(())
+    }
+}
+
+impl Drop for Workshop {
+    fn drop(&mut self) {
+        let _ = umount2(&self.dir, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+        let _ = fs::remove_dir(&self.dir);
+    }
+}
+
+/// One directory. Not its parents: where a pod's are gone, so is the pod.
+fn create(dir: &Path) -> Result<(), MountError> {
+    match DirBuilder::new().mode(0o750).create(dir) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        made => made.map_err(|error| MountError::new("create", dir, error)),
+    }
 }
 
 fn none() -> Option<&'static str> {
     None
 }
 
-/// Removes whatever is mounted at `target`, and the empty directory. That there is nothing is no error.
+/// Removes whatever is mounted at `target`. That there is nothing is no error.
 ///
 /// # Errors
 ///
 /// [`MountError`] if something is left.
-pub fn remove(target: &Path) -> Result<(), MountError> {
+pub fn unmount(target: &Path) -> Result<(), MountError> {
     loop {
         match umount2(target, MntFlags::UMOUNT_NOFOLLOW) {
             Ok(()) => {}
             // Not a mount, any more.
-            Err(Errno::EINVAL | Errno::ENOENT) => break,
+            Err(Errno::EINVAL | Errno::ENOENT) => return Ok(()),
             // A process still has a file of it open: it keeps that file, and nobody opens another.
             Err(Errno::EBUSY) => {
                 let flags = MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW;
@@ -194,7 +279,14 @@ pub fn remove(target: &Path) -> Result<(), MountError> {
             Err(errno) => return Err(MountError::new("unmount", target, errno)),
         }
     }
-    // Not with what is in it: that would be another's.
+}
+
+/// Removes the empty directory at `target`. What is in it would be another's, and stays.
+///
+/// # Errors
+///
+/// [`MountError`] if it is still there.
+pub fn remove_dir(target: &Path) -> Result<(), MountError> {
     match fs::remove_dir(target) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(MountError::new("remove the directory", target, error))
@@ -215,7 +307,6 @@ mod tests {
     fn a_line_of_mountinfo_is_read() {
         let mount = parse(LINE).expect("a mount");
 
-        assert_eq!(mount.device, "98:0");
         assert_eq!(mount.root, Path::new("/mnt 1/snapshots/hf-x/tree"));
         assert_eq!(mount.target, Path::new("/pods/a\\b"));
         assert!(mount.locked_down);
@@ -231,38 +322,41 @@ mod tests {
         }
     }
 
-    fn mounted(device: &str, root: &str, target: &str) -> Mount {
-        Mount {
-            device: device.to_owned(),
-            root: root.into(),
-            target: target.into(),
-            locked_down: true,
-        }
-    }
-
     #[test]
-    fn a_directory_is_found_behind_its_own_mount() {
-        let mounts = [
-            mounted("8:1", "/", "/"),
-            mounted("9:0", "/", "/mnt"),
-            // The store is itself a bind mount in the plugin's container.
-            mounted("9:0", "/disk/weightd", "/mnt/store"),
-            mounted("9:0", "/disk/weightd/snapshots/s/tree", "/pods/v"),
-            mounted("8:1", "/disk/weightd/snapshots/s/tree", "/pods/w"),
-        ];
-        let place = Place::of(Path::new("/mnt/store"), &mounts).expect("a place");
+    fn a_volume_is_told_from_other_mounts() {
+        let holder = "csi/0c1f-4a.model";
+        let id = "hf-org-model-0123456789abcdef01234567";
+        let shown = |root: &str| {
+            let mount = Mount {
+                root: root.into(),
+                target: "/pods/v".into(),
+                locked_down: true,
+            };
+            mount.shown_to(holder)
+        };
 
-        let shown = place.shown_by(&mounts[3]);
+        let snapshot = shown(&format!("/disk/weightd/snapshots/{id}/tree"));
 
-        assert_eq!(shown, Some(Path::new("snapshots/s/tree")));
-        assert_eq!(place.shown_by(&mounts[4]), None, "another file system");
-        assert_eq!(at(Path::new("/pods/v"), &mounts), Some(&mounts[3]));
-        assert_eq!(at(Path::new("/pods"), &mounts), None);
+        assert_eq!(snapshot, Some(Shown::Snapshot(id.to_owned())));
+        let own = "/volumes/csi/0c1f-4a.model/tree";
+        assert_eq!(shown(own), Some(Shown::Own));
+        let deleted = Some(Shown::Deleted);
+        assert_eq!(shown(&format!("/disk{own}//deleted")), deleted);
+        for other in [
+            "/",
+            "/disk/weightd",
+            "/disk/weightd/snapshots/other/tree",
+            &format!("/disk/weightd/snapshots/{id}"),
+            &format!("/disk/weightd/{id}/tree"),
+            "/volumes/csi/another.model/tree",
+        ] {
+            assert_eq!(shown(other), None, "{other}");
+        }
     }
 
     #[test]
     fn the_mounts_of_this_process_are_listed() {
         let mounts = mounts().expect("mounts");
-        assert!(Place::of(Path::new("/proc"), &mounts).is_some());
+        assert!(at(Path::new("/proc"), &mounts).is_some());
     }
 }

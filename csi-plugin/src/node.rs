@@ -1,11 +1,13 @@
 //! The Node service: what kubelet asks of the plugin on its own node.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
@@ -15,11 +17,11 @@ use weightd_proto::weightd::v1::{AcquireRequest, Acquired};
 
 use crate::blocking;
 use crate::daemon::Daemon;
-use crate::mount::{self, Mount, Place};
+use crate::mount::{self, Mount, Shown, Workshop};
 use crate::pod::{ModelAnnotation, PodName, Pods, model_annotation};
 use crate::volume::{KubeletDir, Target, Volume};
 
-mod words;
+pub(crate) mod words;
 
 /// The label under which a node's name stands in its topology.
 pub const TOPOLOGY: &str = "topology.csi.weightd.io/node";
@@ -33,12 +35,17 @@ pub const PUBLISH_WAIT: Duration = Duration::from_secs(110);
 /// After this long a wait is worth a watch on the pod: most volumes are here already.
 const WATCH_AFTER: Duration = Duration::from_secs(2);
 
+/// How long a call waits for the reconciler to be done with its target.
+const RECONCILER: Duration = Duration::from_secs(10);
+
 /// What the plugin knows of its node.
 pub struct Node {
     /// The daemon, which has the models.
     pub daemon: Daemon,
     /// Where kubelet wants volumes.
     pub kubelet: KubeletDir,
+    /// Where mounts are prepared.
+    pub workshop: Workshop,
     /// The API server, if there is one.
     pub pods: Option<Pods>,
     /// The Node object's name.
@@ -47,7 +54,16 @@ pub struct Node {
     pub publish_wait: Duration,
     /// Ends all waiting.
     pub stop: CancellationToken,
-    busy: Mutex<HashSet<String>>,
+    busy: Mutex<HashMap<String, By>>,
+    /// A turn has ended.
+    ended: Notify,
+}
+
+/// Who works on a target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum By {
+    Call,
+    Reconciler,
 }
 
 /// The right to work on one holder's target.
@@ -59,63 +75,109 @@ pub(crate) struct Turn<'a> {
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
         self.node.busy().remove(&self.holder);
+        self.node.ended.notify_waiters();
     }
 }
 
 impl Node {
     /// A plugin that asks `daemon`.
     #[must_use]
-    pub fn new(daemon: Daemon, kubelet: KubeletDir, pods: Option<Pods>, node_id: String) -> Self {
+    pub fn new(
+        daemon: Daemon,
+        kubelet: KubeletDir,
+        workshop: Workshop,
+        pods: Option<Pods>,
+        node_id: String,
+    ) -> Self {
         Self {
             daemon,
             kubelet,
+            workshop,
             pods,
             node_id,
             publish_wait: PUBLISH_WAIT,
             stop: CancellationToken::new(),
             busy: Mutex::default(),
+            ended: Notify::new(),
         }
     }
 
-    /// Nobody else works on the target of `holder` while the turn lasts; `None` if somebody does now.
-    pub(crate) fn turn(&self, holder: &str) -> Option<Turn<'_>> {
-        let holder = holder.to_owned();
-        let free = self.busy().insert(holder.clone());
-        free.then_some(Turn { node: self, holder })
+    /// Nobody else works on the target of `holder` while the turn lasts.
+    ///
+    /// # Errors
+    ///
+    /// Who works on it now.
+    pub(crate) fn turn(&self, holder: &str, by: By) -> Result<Turn<'_>, By> {
+        match self.busy().entry(holder.to_owned()) {
+            Entry::Occupied(entry) => Err(*entry.get()),
+            Entry::Vacant(entry) => {
+                entry.insert(by);
+                Ok(Turn {
+                    node: self,
+                    holder: holder.to_owned(),
+                })
+            }
+        }
     }
 
-    fn busy(&self) -> std::sync::MutexGuard<'_, HashSet<String>> {
+    /// The turn of a call. Another call's is not waited for: kubelet asks again. The reconciler's is short.
+    async fn turn_of_call(&self, target: &Target) -> Result<Turn<'_>, Status> {
+        let turn = async {
+            loop {
+                let ended = self.ended.notified();
+                match self.turn(&target.holder, By::Call) {
+                    Ok(turn) => return Some(turn),
+                    Err(By::Call) => return None,
+                    Err(By::Reconciler) => ended.await,
+                }
+            }
+        };
+        let turn = tokio::time::timeout(RECONCILER, turn).await;
+        turn.ok().flatten().ok_or_else(|| {
+            Status::aborted(format!(
+                "another call for `{}` is under way",
+                target.path.display()
+            ))
+        })
+    }
+
+    fn busy(&self) -> std::sync::MutexGuard<'_, HashMap<String, By>> {
         self.busy.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn publish(&self, request: csi::NodePublishVolumeRequest) -> Result<(), Status> {
+    /// `left` says that kubelet gave up on the call. Waiting ends then; a mount that was begun does not.
+    async fn publish(
+        self: Arc<Self>,
+        request: csi::NodePublishVolumeRequest,
+        left: CancellationToken,
+    ) -> Result<(), Status> {
         let deadline = Instant::now() + self.publish_wait;
         let volume = Volume::parse(request, &self.kubelet)?;
         let target = volume.target.clone();
-        let _turn = self.turn(&target.holder).ok_or_else(|| busy(&target))?;
-        if self.is_published(&target).await? {
+        let _turn = self.turn_of_call(&target).await?;
+        let found = self.shown_at(&target).await?;
+        if let Some(Shown::Snapshot(id)) = &found {
+            self.keep_pinned(&target, id).await;
             return Ok(());
         }
-        let pod = volume.pod.clone();
-        let annotation = match volume.needs_annotation() {
-            true => self.annotation(pod.as_ref(), &target).await?,
-            false => None,
-        };
-        let model = annotation.as_ref().map(|found| found.model.as_str());
-        let acquired = async {
-            let request = volume.request(model)?;
-            self.acquire(request, pod.as_ref(), deadline).await
-        };
-        let acquired = acquired.await.map_err(|status| match &annotation {
-            Some(found) => words::of_annotated(&found.key, status),
-            None => status,
-        })?;
-        let (from, to) = (PathBuf::from(&acquired.path), target.path.clone());
-        let mounted = blocking(move || mount::bind(&from, &to)).await;
-        if let Err(error) = mounted {
-            self.let_go(&target).await;
-            return Err(words::internal(&error));
+        let own = found == Some(Shown::Own);
+        if own && is_complete(&target).await {
+            return Ok(());
         }
+        let acquired = self.ask(volume, deadline, &left).await;
+        if own {
+            // The daemon has this pod's credentials again. The pod keeps what it has, whatever came of that.
+            if let Err(status) = acquired {
+                words::log(
+                    "volume not complete",
+                    &target.path.display().to_string(),
+                    &status,
+                );
+            }
+            return Ok(());
+        }
+        let acquired = acquired?;
+        self.show(&target, found.is_some(), &acquired).await?;
         tracing::info!(
             target = %target.path.display(), model = acquired.model, snapshot = acquired.snapshot,
             complete = acquired.complete, "volume mounted"
@@ -123,55 +185,81 @@ impl Node {
         Ok(())
     }
 
-    /// Whether the target shows a model already. What a killed plugin left half done is undone.
-    async fn is_published(&self, target: &Target) -> Result<bool, Status> {
-        let Some(found) = self.mounted_at(target).await? else {
-            return Ok(false);
+    /// What the target shows already; `Deleted` for all that must be mounted anew.
+    async fn shown_at(&self, target: &Target) -> Result<Option<Shown>, Status> {
+        let Some(top) = mounted_at(target).await? else {
+            return Ok(None);
         };
-        let store = self.store(&found.all).await?;
-        if store.shown_by(&found.top).is_none() {
-            return Err(Status::failed_precondition(format!(
-                "`{}` has something else mounted on it\nhint: find out what it is with findmnt, and unmount it",
-                target.path.display()
-            )));
+        let Some(shown) = top.shown_to(&target.holder) else {
+            return Err(foreign(target));
+        };
+        if top.locked_down {
+            return Ok(Some(shown));
         }
-        if found.top.locked_down && self.keep_pinned(target, &found.top, &store).await? {
-            return Ok(true);
-        }
-        self.unmount(target).await?;
-        Ok(false)
+        tracing::error!(target = %target.path.display(), "a volume was not locked down, mounting it anew");
+        Ok(Some(Shown::Deleted))
     }
 
-    /// Sees to it that what is mounted is pinned. False if it is not in the store any more.
-    pub(crate) async fn keep_pinned(
-        &self,
+    /// Mounts what was acquired, in place of what is there.
+    async fn show(
+        self: &Arc<Self>,
         target: &Target,
-        mount: &Mount,
-        store: &Place,
-    ) -> Result<bool, Status> {
-        match store.shown_by(mount).and_then(snapshot_of) {
-            Some(snapshot) => self.daemon.hold(&target.holder, &snapshot).await,
-            // A volume's own directory is there as long as it is held.
-            None => Ok(!mount
-                .root
-                .as_os_str()
-                .as_encoded_bytes()
-                .ends_with(b"//deleted")),
+        replace: bool,
+        acquired: &Acquired,
+    ) -> Result<(), Status> {
+        let (from, to) = (PathBuf::from(&acquired.path), target.path.clone());
+        let node = Arc::clone(self);
+        let mounted = blocking(move || {
+            if replace {
+                mount::unmount(&to)?;
+            }
+            node.workshop.bind(&from, &to)
+        });
+        if let Err(error) = mounted.await {
+            self.let_go(target).await;
+            return Err(words::of_mount(&error));
+        }
+        Ok(())
+    }
+
+    /// Sees to it that a mounted snapshot is pinned. If that cannot be had, the mount stays all the same: the
+    /// pod reads on, and kubelet would take a refusal for a reason to unmount.
+    pub(crate) async fn keep_pinned(&self, target: &Target, snapshot: &str) {
+        let target_path = target.path.display();
+        match self.daemon.hold(&target.holder, snapshot).await {
+            Ok(true) => {}
+            Ok(false) => tracing::error!(
+                target = %target_path, snapshot,
+                "a mounted model was withdrawn from the store: restart the pod, it is fetched anew then"
+            ),
+            Err(status) => tracing::warn!(
+                target = %target_path, snapshot, error = status.message(), "not pinned anew"
+            ),
         }
     }
 
-    /// Where the daemon's store lies.
-    pub(crate) async fn store(&self, mounts: &[Mount]) -> Result<Place, Status> {
-        let root = self.daemon.root().await?;
-        Place::of(&root, mounts)
-            .ok_or_else(|| Status::internal(format!("`{}` is on no mount", root.display())))
-    }
-
-    async fn mounted_at(&self, target: &Target) -> Result<Option<Found>, Status> {
-        let path = target.path.clone();
-        let all = mounts().await?;
-        let top = mount::at(&path, &all).cloned();
-        Ok(top.map(|top| Found { top, all }))
+    /// Which model it is, and then the daemon.
+    async fn ask(
+        &self,
+        volume: Volume,
+        deadline: Instant,
+        left: &CancellationToken,
+    ) -> Result<Acquired, Status> {
+        let target = volume.target.clone();
+        let annotation = match volume.needs_annotation() {
+            true => self.annotation(volume.pod.as_ref(), &target).await?,
+            false => None,
+        };
+        let model = annotation.as_ref().map(|found| found.model.as_str());
+        let pod = volume.pod.clone();
+        let acquired = async {
+            let request = volume.request(model)?;
+            self.acquire(request, pod.as_ref(), deadline, left).await
+        };
+        acquired.await.map_err(|status| match &annotation {
+            Some(found) => words::of_annotated(&found.key, status),
+            None => status,
+        })
     }
 
     /// Which model the pod's annotations name.
@@ -191,8 +279,7 @@ impl Node {
         };
         let annotations = pods.annotations(pod).await;
         let annotations = annotations.map_err(|error| words::of_pod(&error))?;
-        let volume = target.volume.as_deref().unwrap_or_default();
-        Ok(model_annotation(&annotations, volume))
+        Ok(model_annotation(&annotations, &target.volume))
     }
 
     /// Waits for the daemon; not longer than kubelet does, and not for a pod that is going away.
@@ -201,6 +288,7 @@ impl Node {
         request: AcquireRequest,
         pod: Option<&PodName>,
         deadline: Instant,
+        left: &CancellationToken,
     ) -> Result<Acquired, Status> {
         let model = request.model.as_ref();
         let model = model.map(|spec| spec.model.clone()).unwrap_or_default();
@@ -227,6 +315,7 @@ impl Node {
             () = self.deleted(pod) => Err(Status::aborted(format!(
                 "the pod is being deleted: its volume is not waited for (the fetch of {model} goes on)"
             ))),
+            () = left.cancelled() => Err(Status::cancelled("kubelet gave up on the call")),
             () = self.stop.cancelled() => Err(Status::unavailable(
                 "the plugin is stopping\nhint: nothing to do: the fetch goes on, and kubelet asks again",
             )),
@@ -247,22 +336,35 @@ impl Node {
         }
     }
 
-    async fn unpublish(&self, request: csi::NodeUnpublishVolumeRequest) -> Result<(), Status> {
+    async fn unpublish(
+        self: Arc<Self>,
+        request: csi::NodeUnpublishVolumeRequest,
+    ) -> Result<(), Status> {
         if request.volume_id.is_empty() {
             return Err(Status::invalid_argument("the request has no volume id"));
         }
         let target = self.kubelet.target(&request.target_path)?;
-        let _turn = self.turn(&target.holder).ok_or_else(|| busy(&target))?;
-        self.unmount(&target).await?;
-        self.let_go(&target).await;
+        let _turn = self.turn_of_call(&target).await?;
+        self.take_away(&target).await?;
         tracing::info!(target = %target.path.display(), "volume unmounted");
         Ok(())
     }
 
-    pub(crate) async fn unmount(&self, target: &Target) -> Result<(), Status> {
+    /// Unmounts and releases a volume. The caller has the turn.
+    pub(crate) async fn take_away(&self, target: &Target) -> Result<(), Status> {
+        let all = mounts().await?;
+        let mut here = all.iter().filter(|mount| mount.target == target.path);
+        if here.any(|mount| mount.shown_to(&target.holder).is_none()) {
+            return Err(foreign(target));
+        }
         let path = target.path.clone();
-        let removed = blocking(move || mount::remove(&path)).await;
-        removed.map_err(|error| words::internal(&error))
+        let unmounted = blocking(move || mount::unmount(&path)).await;
+        unmounted.map_err(|error| words::of_mount(&error))?;
+        // What is not mounted needs no pin, whatever else lies in the directory.
+        self.let_go(target).await;
+        let path = target.path.clone();
+        let removed = blocking(move || mount::remove_dir(&path)).await;
+        removed.map_err(|error| words::of_mount(&error))
     }
 
     /// Releases what the target's holder holds. If the daemon is away, the reconciler does it when it is back: a
@@ -291,7 +393,7 @@ impl Node {
             || Status::not_found(format!("no volume is mounted at `{}`", request.volume_path));
         let target = self.kubelet.target(&request.volume_path);
         let target = target.map_err(|_| missing())?;
-        if self.mounted_at(&target).await?.is_none() {
+        if mounted_at(&target).await?.is_none() {
             return Err(missing());
         }
         let (bytes, files) = blocking(move || usage(&target.path))
@@ -315,32 +417,41 @@ impl Node {
     }
 }
 
-struct Found {
-    top: Mount,
-    all: Vec<Mount>,
-}
-
 pub(crate) async fn mounts() -> Result<Vec<Mount>, Status> {
     let mounts = blocking(mount::mounts).await;
-    mounts.map_err(|error| words::internal(&error))
+    mounts.map_err(|error| words::of_mount(&error))
 }
 
-fn busy(target: &Target) -> Status {
-    Status::aborted(format!(
-        "another call for `{}` is under way",
+/// What is on top at the target now.
+pub(crate) async fn mounted_at(target: &Target) -> Result<Option<Mount>, Status> {
+    let all = mounts().await?;
+    Ok(mount::at(&target.path, &all).cloned())
+}
+
+/// Whether a volume's own directory has all its files.
+async fn is_complete(target: &Target) -> bool {
+    let mark = target.path.join(".weightd/complete");
+    blocking(move || mark.exists()).await
+}
+
+fn foreign(target: &Target) -> Status {
+    Status::failed_precondition(format!(
+        "`{}` has something mounted on it that is no volume of csi.weightd.io\nhint: find out what it is with \
+         findmnt, and unmount it",
         target.path.display()
     ))
 }
 
-/// The snapshot whose own tree a mount shows.
-pub(crate) fn snapshot_of(below_store: &Path) -> Option<String> {
-    let parts: Vec<&str> = below_store
-        .iter()
-        .filter_map(std::ffi::OsStr::to_str)
-        .collect();
-    match parts.as_slice() {
-        ["snapshots", id, "tree"] => Some((*id).to_owned()),
-        _ => None,
+/// Runs a call to its end, also if kubelet gives up on it: a mount that lands after its call has ended would
+/// meet the next call's work. `work` is told that kubelet left.
+async fn to_its_end<F: Future<Output = Result<(), Status>> + Send + 'static>(
+    work: impl FnOnce(CancellationToken) -> F,
+) -> Result<(), Status> {
+    let left = CancellationToken::new();
+    let _guard = left.clone().drop_guard();
+    match tokio::spawn(work(left)).await {
+        Ok(outcome) => outcome,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
 }
 
@@ -392,7 +503,8 @@ impl csi::node_server::Node for NodeService {
         request: Request<csi::NodePublishVolumeRequest>,
     ) -> Result<Response<csi::NodePublishVolumeResponse>, Status> {
         let path = request.get_ref().target_path.clone();
-        let outcome = self.0.publish(request.into_inner()).await;
+        let (node, request) = (Arc::clone(&self.0), request.into_inner());
+        let outcome = to_its_end(|left| node.publish(request, left)).await;
         let outcome = outcome.inspect_err(|status| words::log("volume not mounted", &path, status));
         outcome.map(|()| Response::new(csi::NodePublishVolumeResponse {}))
     }
@@ -402,7 +514,8 @@ impl csi::node_server::Node for NodeService {
         request: Request<csi::NodeUnpublishVolumeRequest>,
     ) -> Result<Response<csi::NodeUnpublishVolumeResponse>, Status> {
         let path = request.get_ref().target_path.clone();
-        let outcome = self.0.unpublish(request.into_inner()).await;
+        let (node, request) = (Arc::clone(&self.0), request.into_inner());
+        let outcome = to_its_end(|_| node.unpublish(request)).await;
         let outcome =
             outcome.inspect_err(|status| words::log("volume not unmounted", &path, status));
         outcome.map(|()| Response::new(csi::NodeUnpublishVolumeResponse {}))

@@ -4,7 +4,7 @@
 //!
 //! | Found | Done |
 //! |---|---|
-//! | a mount that is not locked down | locked down |
+//! | a mount that is not locked down | told: a lock put on here would not reach the node |
 //! | a mount without its pin | pinned |
 //! | a mount whose pod is gone, for the grace period | unmounted and released |
 //! | a pin without a mount, for the grace period | released |
@@ -16,9 +16,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tonic::Status;
 
-use crate::blocking;
-use crate::mount;
-use crate::node::{self, Node};
+use crate::mount::Shown;
+use crate::node::{self, By, Node, words};
 use crate::volume::Target;
 
 /// How often is compared: once a minute. Each time costs a read of mountinfo and two small calls.
@@ -38,6 +37,7 @@ pub async fn run(node: Arc<Node>, grace: Duration) {
         node,
         grace,
         since: HashMap::new(),
+        told: false,
     };
     let stop = reconciler.node.stop.clone();
     let forever = async {
@@ -63,6 +63,16 @@ struct Reconciler {
     grace: Duration,
     /// Since when something is wrong with a holder.
     since: HashMap<String, Instant>,
+    /// It was logged that nobody says which pods there are.
+    told: bool,
+}
+
+fn is_pinned(pinned: &HashMap<String, Vec<String>>, holder: &str, shown: &Shown) -> bool {
+    match (pinned.get(holder), shown) {
+        (Some(ids), Shown::Snapshot(id)) => ids.contains(id),
+        (Some(_), Shown::Own) => true,
+        _ => false,
+    }
 }
 
 impl Reconciler {
@@ -70,104 +80,131 @@ impl Reconciler {
         let node = Arc::clone(&self.node);
         // The pins first: what is mounted later and pinned before that is then no pin without a mount.
         let pinned = node.daemon.volumes().await?;
-        let mounts = node::mounts().await?;
-        let store = node.store(&mounts).await?;
-        let pods = node.kubelet.pods();
-        let ours = mounts
-            .iter()
-            .filter(|mount| mount.target.starts_with(&pods) && store.shown_by(mount).is_some());
-        let mounted: Vec<(Target, &mount::Mount)> = ours
-            .filter_map(|mount| Some((node.kubelet.mounted(&mount.target)?, mount)))
+        let pinned: HashMap<String, Vec<String>> = pinned
+            .into_iter()
+            .map(|volume| (volume.holder, volume.snapshots))
             .collect();
-        let alive = self.alive().await;
+        let mounted = self.mounted().await?;
+        let alive = match mounted.is_empty() {
+            true => None,
+            false => self.alive().await,
+        };
         let mut wrong = HashSet::new();
-        for (target, mount) in &mounted {
-            let Some(_turn) = node.turn(&target.holder) else {
-                continue;
-            };
-            let gone = match (&alive, &target.pod_uid) {
-                (Some(alive), Some(uid)) => !alive.contains(uid),
-                _ => false,
-            };
+        for (target, shown) in &mounted {
+            let gone = alive
+                .as_ref()
+                .is_some_and(|alive| !alive.contains(&target.pod_uid));
             if gone {
                 wrong.insert(target.holder.clone());
                 if self.overdue(&target.holder) {
-                    tracing::warn!(target = %target.path.display(), "the pod is gone, unmounting its volume");
-                    node.unmount(target).await?;
-                    node.let_go(target).await;
+                    self.clear(target).await;
                 }
-                continue;
+            } else if !is_pinned(&pinned, &target.holder, shown) {
+                self.keep(target).await?;
             }
-            self.keep(target, mount, &store).await?;
         }
-        let held: HashSet<&str> = mounted
-            .iter()
-            .map(|(target, _)| target.holder.as_str())
-            .collect();
-        for volume in pinned
-            .iter()
-            .filter(|volume| !held.contains(volume.holder.as_str()))
+        let held: HashSet<&str> = mounted.iter().map(|(at, _)| at.holder.as_str()).collect();
+        for holder in pinned
+            .keys()
+            .filter(|holder| !held.contains(holder.as_str()))
         {
-            wrong.insert(volume.holder.clone());
-            if self.overdue(&volume.holder) {
-                self.release(&volume.holder).await?;
+            wrong.insert(holder.clone());
+            if self.overdue(holder) {
+                self.release(holder).await?;
             }
         }
         self.since.retain(|holder, _| wrong.contains(holder));
         Ok(())
     }
 
-    /// Sees to it that a mount is locked down and pinned.
-    async fn keep(
-        &self,
-        target: &Target,
-        mount: &mount::Mount,
-        store: &mount::Place,
-    ) -> Result<(), Status> {
-        if !mount.locked_down {
-            let path = target.path.clone();
-            tracing::warn!(target = %path.display(), "a mount was not locked down");
-            let locked = blocking(move || mount::lock_down(&path)).await;
-            locked.map_err(|error| Status::internal(error.to_string()))?;
-        }
-        if !self.node.keep_pinned(target, mount, store).await? {
-            tracing::error!(
+    /// The volumes that are mounted. Whatever else lies in kubelet's directory is none of ours.
+    async fn mounted(&self) -> Result<Vec<(Target, Shown)>, Status> {
+        let mounts = node::mounts().await?;
+        let ours = mounts.iter().filter_map(|mount| {
+            let target = self.node.kubelet.known(&mount.target)?;
+            let shown = mount.shown_to(&target.holder)?;
+            if !mount.locked_down {
+                tracing::error!(
+                    target = %target.path.display(),
+                    "somebody took the locks off a volume: restart its pod"
+                );
+            }
+            Some((target, shown))
+        });
+        Ok(ours.collect())
+    }
+
+    /// Pins what is mounted.
+    async fn keep(&self, target: &Target) -> Result<(), Status> {
+        // A call that works on it sees to that itself.
+        let Ok(_turn) = self.node.turn(&target.holder, By::Reconciler) else {
+            return Ok(());
+        };
+        // Kubelet may have unmounted it since it was listed.
+        let Some(mount) = node::mounted_at(target).await? else {
+            return Ok(());
+        };
+        match mount.shown_to(&target.holder) {
+            Some(Shown::Snapshot(id)) => self.node.keep_pinned(target, &id).await,
+            _ => tracing::error!(
                 target = %target.path.display(), root = %mount.root.display(),
-                "a mounted model is not in the store any more: restart the pod"
-            );
+                "a mounted volume is not in the store any more: restart its pod"
+            ),
         }
         Ok(())
+    }
+
+    /// Takes away the volume of a pod that is gone.
+    async fn clear(&self, target: &Target) {
+        let Ok(_turn) = self.node.turn(&target.holder, By::Reconciler) else {
+            return;
+        };
+        let path = target.path.display();
+        tracing::warn!(target = %path, "the pod is gone, unmounting its volume");
+        if let Err(status) = self.node.take_away(target).await {
+            tracing::warn!(target = %path, error = status.message(), "not unmounted");
+        }
     }
 
     /// Releases a pin without a mount.
     async fn release(&self, holder: &str) -> Result<(), Status> {
         let node = &self.node;
         // With the turn in hand nothing is mounted between the look and the release.
-        let Some(_turn) = node.turn(holder) else {
+        let Ok(_turn) = node.turn(holder, By::Reconciler) else {
             return Ok(());
         };
-        let mounts = node::mounts().await?;
-        let mounted = mounts.iter().any(|mount| {
-            let target = node.kubelet.mounted(&mount.target);
-            target.is_some_and(|target| target.holder == holder)
-        });
-        if mounted {
+        let mounted = self.mounted().await?;
+        if mounted.iter().any(|(target, _)| target.holder == holder) {
             return Ok(());
         }
         tracing::info!(holder, "nothing is mounted, releasing the pin");
-        node.daemon.release(holder).await
+        if let Err(status) = node.daemon.release(holder).await {
+            tracing::warn!(holder, error = status.message(), "not released");
+        }
+        Ok(())
     }
 
     /// The pods of this node; `None` if nobody says.
-    async fn alive(&self) -> Option<HashSet<String>> {
-        let pods = self.node.pods.as_ref()?;
-        match pods.uids_on(&self.node.node_id).await {
-            Ok(uids) => Some(uids),
-            Err(error) => {
-                tracing::debug!(%error, "the API server does not list this node's pods");
-                None
+    async fn alive(&mut self) -> Option<HashSet<String>> {
+        let node = Arc::clone(&self.node);
+        let pods = node.pods.as_ref()?;
+        let why = match pods.uids_on(&node.node_id).await {
+            Ok(uids) if !uids.is_empty() => {
+                self.told = false;
+                return Some(uids);
             }
+            // The plugin itself is a pod of this node. Whoever asks for another node would unmount everything.
+            Ok(_) => format!(
+                "the API server knows no pods on node `{}`: is that what --node-id must be?",
+                node.node_id
+            ),
+            Err(error) => words::chain(&error),
+        };
+        if !self.told {
+            tracing::warn!(why, "volumes of pods that are gone stay mounted meanwhile");
+            self.told = true;
         }
+        None
     }
 
     /// Notes that something is wrong with a holder; true once it has been so for the grace period.

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
+use std::io;
 use std::path::{Component, Path, PathBuf};
 
 use sha2::{Digest, Sha256};
@@ -25,16 +26,16 @@ const ATTRIBUTES: [&str; 6] = ["source", "revision", "include", "exclude", "layo
 /// Where a volume is to appear, and by which name the daemon knows its holder.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Target {
-    /// The directory, without symlinks up to the kubelet directory.
+    /// The directory, without symlinks up to the pods' directory.
     pub path: PathBuf,
-    /// `csi/<pod uid>.<volume>`, or for a path of another form `csi/path-<digest>`. It follows from the
-    /// path alone: one persistent volume may be mounted by several pods, and an unmount or a restart
-    /// knows no more than the path.
+    /// `csi/<pod uid>.<volume>`, or `csi/path-<digest>` if that is no name. It follows from the path alone:
+    /// one persistent volume may be mounted by several pods, and an unmount or a restart knows no more than
+    /// the path.
     pub holder: String,
     /// The pod whose directory it is.
-    pub pod_uid: Option<String>,
-    /// The volume's name in the pod.
-    pub volume: Option<String>,
+    pub pod_uid: String,
+    /// The volume's name: in the pod, or of the persistent volume.
+    pub volume: String,
 }
 
 /// The directory below which kubelet wants volumes.
@@ -44,6 +45,8 @@ pub struct KubeletDir {
     given: PathBuf,
     /// As the kernel writes it.
     real: PathBuf,
+    /// As the kernel writes its `pods`, which may be a symlink.
+    pods: PathBuf,
 }
 
 impl KubeletDir {
@@ -52,93 +55,81 @@ impl KubeletDir {
     /// # Errors
     ///
     /// What the file system says.
-    pub fn new(dir: &Path) -> std::io::Result<Self> {
+    pub fn new(dir: &Path) -> io::Result<Self> {
+        let real = dir.canonicalize()?;
+        let pods = real.join("pods");
+        let pods = match pods.canonicalize() {
+            // A node's first pod may be yet to come.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => pods,
+            found => found?,
+        };
         Ok(Self {
             given: dir.to_owned(),
-            real: dir.canonicalize()?,
+            real,
+            pods,
         })
-    }
-
-    /// Where pods' volumes are.
-    #[must_use]
-    pub fn pods(&self) -> PathBuf {
-        self.real.join("pods")
     }
 
     /// Checks a target path.
     ///
     /// # Errors
     ///
-    /// `INVALID_ARGUMENT` unless it lies below the pods' directory.
+    /// `INVALID_ARGUMENT` unless it is where kubelet has a volume of a pod:
+    /// `pods/<uid>/volumes/kubernetes.io~csi/<volume>/mount`.
     pub fn target(&self, path: &str) -> Result<Target, Status> {
         if path.is_empty() {
             return Err(Status::invalid_argument("the request has no target path"));
         }
-        let path = Path::new(path);
-        let below = path
-            .strip_prefix(&self.given)
-            .or_else(|_| path.strip_prefix(&self.real));
-        let plain = |path: &Path| {
-            let mut parts = path.components();
-            parts.all(|part| matches!(part, Component::Normal(_))) && path.starts_with("pods")
-        };
-        match below {
-            Ok(below) if plain(below) && below.components().count() > 1 => {
-                Ok(Target::new(&self.real, below))
-            }
-            _ => Err(Status::invalid_argument(format!(
-                "the target path `{}` is not below `{}/pods`\nhint: if kubelet's directory is another one, start \
-                 weightd-csi with --kubelet-dir",
-                path.display(),
+        self.known(Path::new(path)).ok_or_else(|| {
+            Status::invalid_argument(format!(
+                "the target path `{path}` is none of a pod's volume below `{}/pods`\nhint: if kubelet's directory is \
+                 another one, start weightd-csi with --kubelet-dir",
                 self.given.display()
-            ))),
-        }
+            ))
+        })
     }
 
-    /// The target that the kernel shows at `path`, if it is one of kubelet's.
+    /// The target at `path`, if it is one.
     #[must_use]
-    pub fn mounted(&self, path: &Path) -> Option<Target> {
-        self.target(path.to_str()?).ok()
+    pub fn known(&self, path: &Path) -> Option<Target> {
+        let inside = |dir: &Path| path.strip_prefix(dir.join("pods")).ok();
+        let below = path.strip_prefix(&self.pods).ok();
+        let below = below
+            .or_else(|| inside(&self.given))
+            .or_else(|| inside(&self.real))?;
+        let parts: Option<Vec<&str>> = below
+            .components()
+            .map(|part| match part {
+                Component::Normal(name) => name.to_str(),
+                _ => None,
+            })
+            .collect();
+        match parts?.as_slice() {
+            [uid, "volumes", "kubernetes.io~csi", volume, leaf] => Some(Target {
+                path: self.pods.join(below),
+                holder: holder(uid, volume, leaf, below),
+                pod_uid: (*uid).to_owned(),
+                volume: (*volume).to_owned(),
+            }),
+            _ => None,
+        }
     }
 }
 
-impl Target {
-    fn new(dir: &Path, below: &Path) -> Self {
-        let parts: Vec<&str> = below
-            .components()
-            .filter_map(|part| part.as_os_str().to_str())
-            .collect();
-        let (pod_uid, volume) = match parts.as_slice() {
-            ["pods", uid, "volumes", "kubernetes.io~csi", volume, "mount"] => {
-                (Some((*uid).to_owned()), Some((*volume).to_owned()))
-            }
-            _ => (None, None),
-        };
-        let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-        // No uid has a dot, so no two targets have one name.
-        let name = match (&pod_uid, &volume) {
-            (Some(uid), Some(volume)) if !uid.contains('.') => format!("{uid}.{volume}"),
-            _ => String::new(),
-        };
-        let fits = !name.starts_with('.') && (1..=128).contains(&name.len());
-        let holder = match fits && name.chars().all(allowed) {
-            true => format!("csi/{name}"),
-            false => {
-                let digest = Sha256::digest(below.as_os_str().as_encoded_bytes());
-                let hex = digest.iter().take(20).fold(String::new(), |mut hex, byte| {
-                    let _ = write!(hex, "{byte:02x}");
-                    hex
-                });
-                format!("csi/path-{hex}")
-            }
-        };
-        Self {
-            path: dir.join(below),
-            holder,
-            pod_uid,
-            volume,
-        }
+/// No two targets have one holder: no uid has a dot.
+fn holder(uid: &str, volume: &str, leaf: &str, below: &Path) -> String {
+    let name = format!("{uid}.{volume}");
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    let plain = name.len() <= 128 && !name.starts_with('.') && name.chars().all(allowed);
+    if plain && !uid.contains('.') && leaf == "mount" {
+        return format!("csi/{name}");
     }
+    let digest = Sha256::digest(below.as_os_str().as_encoded_bytes());
+    let hex = digest.iter().take(20).fold(String::new(), |mut hex, byte| {
+        let _ = write!(hex, "{byte:02x}");
+        hex
+    });
+    format!("csi/path-{hex}")
 }
 
 /// A publish request that may be carried out.
@@ -218,21 +209,20 @@ impl Volume {
     ///
     /// `INVALID_ARGUMENT` if nothing names a model, or two revisions are named.
     pub fn request(self, annotation: Option<&str>) -> Result<AcquireRequest, Status> {
-        let name = self.target.volume.as_deref().unwrap_or("NAME");
+        let name = &self.target.volume;
         let Some(source) = self.source.as_deref().or(annotation) else {
-            return Err(Status::invalid_argument(format!(
-                "neither the volume nor its pod says which model to mount\nhint: set the volume attribute `source`, or \
-                 annotate the pod with weightd.io/volume.{name} or weightd.io/model"
-            )));
+            return Err(nothing_named(name, self.pod.is_some()));
         };
-        let model = match &self.revision {
-            Some(_) if source.contains('@') => {
+        let model = match (&self.revision, source.split_once('@')) {
+            (Some(_), Some(_)) if self.source.is_some() => {
                 return Err(Status::invalid_argument(format!(
                     "`{source}` names a revision, and so does the attribute `revision`\nhint: keep one of them"
                 )));
             }
-            Some(revision) => format!("{source}@{revision}"),
-            None => source.to_owned(),
+            // Attributes win over annotations.
+            (Some(revision), Some((name, _))) => format!("{name}@{revision}"),
+            (Some(revision), None) => format!("{source}@{revision}"),
+            (None, _) => source.to_owned(),
         };
         Ok(AcquireRequest {
             model: Some(ModelSpec {
@@ -247,6 +237,20 @@ impl Volume {
             credentials: Some(self.credentials),
         })
     }
+}
+
+fn nothing_named(volume: &str, pod_known: bool) -> Status {
+    let hint = if pod_known {
+        format!(
+            "set the volume attribute `source`, or annotate the pod with weightd.io/volume.{volume} or weightd.io/model"
+        )
+    } else {
+        "set the volume attribute `source`; annotations are read only if the CSIDriver object has podInfoOnMount: true"
+            .to_owned()
+    };
+    Status::invalid_argument(format!(
+        "neither the volume nor its pod says which model to mount\nhint: {hint}"
+    ))
 }
 
 fn choice(key: &str, given: &str, allowed: &str) -> Status {
@@ -287,14 +291,13 @@ fn pod(context: &HashMap<String, String>, target: &Target) -> Result<Option<PodN
     else {
         return Ok(None);
     };
-    if target.pod_uid.as_ref().is_some_and(|owner| *owner != uid) {
+    if target.pod_uid != uid {
         return Err(Status::invalid_argument(format!(
             "the volume says that it belongs to pod {uid}, its target path to another\nhint: only kubelet sets \
              {KUBELET}*: has the CSIDriver object podInfoOnMount: true?"
         )));
     }
-    let known = target.pod_uid.is_some();
-    Ok(known.then_some(PodName {
+    Ok(Some(PodName {
         namespace,
         name,
         uid,
@@ -319,6 +322,8 @@ fn globs(text: Option<&str>) -> Vec<String> {
 }
 
 fn credentials(mut secrets: HashMap<String, String>) -> Result<Credentials, Status> {
+    // What kubelet adds, such as the tokens of a service account, is not from the Secret.
+    secrets.retain(|key, _| !key.starts_with(KUBELET));
     let mut take = |key: &str| secrets.remove(key).unwrap_or_default();
     let (hf_token, token) = (take("hf-token"), take("token"));
     let credentials = Credentials {
@@ -452,6 +457,10 @@ mod tests {
             format!("{base}/plugins/x"),
             format!("{base}/pods/../../etc"),
             format!("{base}/pods/x/./../../y"),
+            format!("{base}/pods/x"),
+            format!("{base}/pods/x/volumes/kubernetes.io~csi/model"),
+            format!("{base}/pods/x/volumes/kubernetes.io~secret/model/mount"),
+            format!("{base}/pods/x/volume-subpaths/model/main/0"),
             "pods/x".to_owned(),
         ] {
             let error = kubelet.target(&path).expect_err(&path);
@@ -460,9 +469,43 @@ mod tests {
     }
 
     #[test]
+    fn a_pods_directory_behind_a_symlink_is_the_one_that_the_kernel_names() {
+        let elsewhere = tempfile::tempdir().expect("a directory");
+        let dir = tempfile::tempdir().expect("a directory");
+        let link = dir.path().join("pods");
+        std::os::unix::fs::symlink(elsewhere.path(), link).expect("a symlink");
+        let kubelet = KubeletDir::new(dir.path()).expect("kubelet's");
+        let rest = TARGET.strip_prefix("/pods/").expect("below");
+
+        let given = kubelet.target(&format!("{}{TARGET}", dir.path().display()));
+        let mounted = kubelet.known(&elsewhere.path().join(rest));
+
+        assert_eq!(given.ok(), mounted);
+        assert!(mounted.is_some_and(|target| target.path.starts_with(elsewhere.path())));
+    }
+
+    #[test]
+    fn a_revision_of_the_volume_wins_over_that_of_the_annotation() {
+        let (dir, kubelet) = kubelet();
+        let asked = |pairs: &[(&str, &str)], annotation| {
+            let volume = Volume::parse(request(&dir, pairs), &kubelet).unwrap();
+            let asked = volume.request(annotation);
+            asked.map(|asked| asked.model.expect("a model").model)
+        };
+        let annotated = Some("hf://org/model@main");
+
+        let both = asked(&[("revision", "v1")], annotated);
+
+        assert_eq!(both.unwrap(), "hf://org/model@v1");
+        assert_eq!(asked(&[], annotated).unwrap(), "hf://org/model@main");
+        let twice = [("source", "hf://org/model@v2"), ("revision", "v1")];
+        assert!(asked(&twice, annotated).is_err());
+    }
+
+    #[test]
     fn two_targets_never_share_a_holder() {
         let (_dir, kubelet) = kubelet();
-        let base = kubelet.real.display().to_string();
+        let base = kubelet.given.display().to_string();
         let long = "x".repeat(200);
         let names = [
             format!("{base}{TARGET}"),
@@ -511,6 +554,8 @@ mod tests {
             .err()
             .unwrap();
         assert!(!error.message().contains("hunter2"));
+        let kubelets = [("csi.storage.k8s.io/serviceAccount.tokens", "{}")];
+        assert!(Volume::parse(with(&kubelets), &kubelet).is_ok());
         for key in ["hf-token", "token"] {
             let volume = Volume::parse(with(&[(key, "hf_x"), ("note", "mine")]), &kubelet);
             let asked = volume.unwrap().request(None).unwrap();

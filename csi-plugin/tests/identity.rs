@@ -12,6 +12,7 @@ use tokio::time::{Duration, Instant};
 use tonic::transport::{Channel, Error};
 use weightd_csi::daemon::Daemon;
 use weightd_csi::endpoint::Endpoint;
+use weightd_csi::mount::Workshop;
 use weightd_csi::node::Node;
 use weightd_csi::volume::KubeletDir;
 use weightd_proto::csi::v1::identity_client::IdentityClient;
@@ -37,7 +38,14 @@ impl Plugin {
         let (stop, stopped) = oneshot::channel::<()>();
         let daemon = Daemon::at(&directory.path().join("no-daemon.sock"));
         let kubelet = KubeletDir::new(directory.path()).expect("kubelet's directory");
-        let node = Arc::new(Node::new(daemon, kubelet, None, "node-1".to_owned()));
+        let workshop = Workshop::at(directory.path().join("mounts"));
+        let node = Arc::new(Node::new(
+            daemon,
+            kubelet,
+            workshop,
+            None,
+            "node-1".to_owned(),
+        ));
         let served = tokio::spawn(weightd_csi::serve(listening, node, async move {
             stopped.await.expect("the test still runs");
         }));

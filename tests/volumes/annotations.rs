@@ -288,9 +288,14 @@ async fn an_annotation_that_is_wrong_is_named_beside_what_is_wrong_with_it() {
     cluster
         .api
         .put(pod("twice").annotated(OWN, "hf://org/model@main"));
+    // The attribute wins over the annotation's own revision.
     let status = cluster.refuses(&with("twice", &[("revision", "v1")])).await;
-    let words = ["`revision`", &format!("annotation `{OWN}`"), "hint: "];
-    says(&status, Code::InvalidArgument, &words);
+    let words = [
+        "hf://org/model@v1",
+        &format!("annotation `{OWN}`"),
+        "hint: ",
+    ];
+    says(&status, Code::NotFound, &words);
     let source = with("typo", &[("source", "org/model")]);
     let status = cluster.refuses(&source).await;
     assert!(!status.message().contains("annotation"), "{status}");
@@ -518,7 +523,8 @@ async fn while_the_api_server_does_not_list_pods_nothing_is_unmounted() {
     let ask = with("web", &[("source", MODEL)]);
     cluster.api.put(pod("web"));
     cluster.mounts(&ask).await;
-    for mood in [Mood::Busy, Mood::Forbids, Mood::Forgot] {
+    // The last one knows no pod of this node at all, as if asked for a node of another name.
+    for mood in [Mood::Busy, Mood::Forbids, Mood::Forgot, Mood::Well] {
         cluster.api.set(mood);
         cluster.api.remove("web");
 
@@ -527,8 +533,10 @@ async fn while_the_api_server_does_not_list_pods_nothing_is_unmounted() {
         assert!(cluster.is_mounted(&ask), "{mood:?}");
         assert_eq!(cluster.node.pins(), ["pins/csi/uid-of-web.model"]);
     }
+    let logs = cluster.node.logs();
+    assert!(logs.contains("is that what --node-id must be?"), "{logs}");
     // It was the API server alone that kept the mount.
-    cluster.api.set(Mood::Well);
+    cluster.api.put(pod("weightd"));
     let gone = async || !cluster.is_mounted(&ask);
     cluster.node.until("it is unmounted", gone).await;
 }

@@ -94,6 +94,23 @@ impl Namespace {
         command
     }
 
+    /// As the node has kubelet's directory: a mount in a container that has it too, with `Bidirectional`
+    /// propagation, appears on the node.
+    fn share(&self, dir: &Path) {
+        let mut command = self.command(Path::new("sh"));
+        let script = "mount --bind \"$1\" \"$1\" && mount --make-shared \"$1\"";
+        let status = command.args(["-c", script, "share"]).arg(dir).status();
+        assert!(status.expect("mount runs").success());
+    }
+
+    /// The same in a mount namespace of its own, as a container has one.
+    fn container(&self, program: &Path) -> Command {
+        let mut command = self.command(Path::new("unshare"));
+        command.args(["--mount", "--propagation", "unchanged", "--"]);
+        command.arg(program);
+        command
+    }
+
     /// `path` as the namespace sees it.
     fn see(&self, path: &Path) -> PathBuf {
         let below = path.strip_prefix("/").expect("an absolute path");
@@ -181,6 +198,8 @@ impl Node {
         hub.add_repo(Repo::new("org/model").commit("main", files(1)));
         let dir = tempfile::tempdir().expect("a directory");
         fs::create_dir_all(dir.path().join("kubelet/pods")).expect("kubelet's directory");
+        let namespace = Namespace::new();
+        namespace.share(&dir.path().join("kubelet"));
         Self {
             hub,
             dir,
@@ -190,7 +209,7 @@ impl Node {
             plugin_environment: Vec::new(),
             config: String::new(),
             environment: Vec::new(),
-            namespace: Namespace::new(),
+            namespace,
         }
     }
 
@@ -272,7 +291,7 @@ impl Node {
     pub(crate) async fn start_plugin(&mut self) {
         let mut command = self
             .namespace
-            .command(Path::new(env!("CARGO_BIN_EXE_weightd-csi")));
+            .container(Path::new(env!("CARGO_BIN_EXE_weightd-csi")));
         let socket = self.path("csi.sock");
         command.arg(format!("--endpoint=unix://{}", socket.display()));
         command.args(["--node-id", "node-1", "--daemon-socket"]);

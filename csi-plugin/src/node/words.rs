@@ -4,11 +4,13 @@ use std::error::Error;
 
 use tonic::{Code, Status};
 use weightd_proto::weightd::v1::Progress;
+use weightd_proto::weightd::v1::progress::Phase;
 
+use crate::mount::MountError;
 use crate::pod::PodError;
 
 /// An error and its causes, each once.
-fn chain(error: &(dyn Error + 'static)) -> String {
+pub(crate) fn chain(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
@@ -19,8 +21,9 @@ fn chain(error: &(dyn Error + 'static)) -> String {
     text
 }
 
-pub(super) fn internal(error: &(dyn Error + 'static)) -> Status {
-    Status::internal(chain(error))
+pub(crate) fn of_mount(error: &MountError) -> Status {
+    let hint = error.hint().map(|hint| format!("\nhint: {hint}"));
+    Status::internal(chain(error) + &hint.unwrap_or_default())
 }
 
 /// Of an API server. Only that it refuses us is final: kubelet need not ask again until somebody mends that.
@@ -61,12 +64,19 @@ pub(super) fn still_fetching(model: &str, progress: Option<&Progress>) -> Status
     } else {
         &now.model
     };
+    if now.phase() == Phase::WaitingForRoom {
+        let all = bytes(now.bytes as f64);
+        return Status::aborted(format!(
+            "{model} of {all} waits for room in the store\nhint: raise the store's limits, or remove models with \
+             weightctl rm and unpin"
+        ));
+    }
     let (done, all) = (bytes(now.bytes_done as f64), bytes(now.bytes as f64));
     let mut text = format!("{model} is still being fetched: {done} of {all}");
     if now.bytes_per_second > 0.0 {
         text += &format!(" at {}/s", bytes(now.bytes_per_second));
     }
-    if let Some(eta) = now.eta_seconds {
+    if let Some(eta) = now.eta_seconds.filter(|eta| eta.is_finite()) {
         text += &format!(", about {} left", time(eta));
     }
     Status::aborted(format!("{text}\n{GO_ON}"))
