@@ -37,7 +37,7 @@ pub async fn run(node: Arc<Node>, grace: Duration) {
         node,
         grace,
         since: HashMap::new(),
-        told: false,
+        told: None,
     };
     let stop = reconciler.node.stop.clone();
     let forever = async {
@@ -63,8 +63,8 @@ struct Reconciler {
     grace: Duration,
     /// Since when something is wrong with a holder.
     since: HashMap<String, Instant>,
-    /// It was logged that nobody says which pods there are.
-    told: bool,
+    /// Why nobody says which pods there are, as it was logged.
+    told: Option<String>,
 }
 
 fn is_pinned(pinned: &HashMap<String, Vec<String>>, holder: &str, shown: &Shown) -> bool {
@@ -190,7 +190,7 @@ impl Reconciler {
         let pods = node.pods.as_ref()?;
         let why = match pods.uids_on(&node.node_id).await {
             Ok(uids) if !uids.is_empty() => {
-                self.told = false;
+                self.told = None;
                 return Some(uids);
             }
             // The plugin itself is a pod of this node. Whoever asks for another node would unmount everything.
@@ -200,9 +200,9 @@ impl Reconciler {
             ),
             Err(error) => words::chain(&error),
         };
-        if !self.told {
+        if self.told.as_ref() != Some(&why) {
             tracing::warn!(why, "volumes of pods that are gone stay mounted meanwhile");
-            self.told = true;
+            self.told = Some(why);
         }
         None
     }
