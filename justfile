@@ -28,6 +28,11 @@ bench-publish *arguments:
 demo *arguments:
     cargo run --release -p weightd --bin weightctl -- demo {{ arguments }}
 
+# `weightctl` without shared libraries: it runs in any container (`weightctl wait`)
+static:
+    RUSTFLAGS="-C target-feature=+crt-static" cargo build --release -p weightd --bin weightctl \
+        --target "$(rustc -vV | sed -n 's/^host: //p')"
+
 # API documentation; a warning fails
 docs:
     .ci/run docs
