@@ -405,7 +405,6 @@ impl Config {
                 S3Identity::Chain
             },
             unsigned_buckets: self.s3.unsigned_buckets.clone(),
-            ..S3Config::default()
         })
     }
 

@@ -114,10 +114,7 @@ impl Origins {
             }
             (Scheme::S3, Some(print)) => {
                 let keys = credentials.s3.clone().expect("they have a fingerprint");
-                let config = S3Config {
-                    believe_metadata: false,
-                    ..self.s3.1.with_keys(keys)
-                };
+                let config = self.s3.1.with_keys(keys);
                 vec![Who::Keys(Box::new(config), print)]
             }
             (Scheme::S3, None) | (Scheme::File, _) => vec![Who::Node],
@@ -200,13 +197,6 @@ impl Asker {
                 Ok(Arc::new(source))
             }
             (Who::Keys(config, _), _) => Ok(self.origins.s3_source(config, model)),
-            (Who::Node, Scheme::S3) => {
-                let config = S3Config {
-                    believe_metadata: false,
-                    ..self.origins.s3.1.clone()
-                };
-                Ok(self.origins.s3_source(&config, model))
-            }
             (Who::Node | Who::Anybody(_), _) => self.origins.open(model),
         }
     }

@@ -3,8 +3,6 @@
 use std::time::Duration;
 
 use tonic::Code;
-use weightd_core::digest::Digest;
-use weightd_standin::s3::{PutOptions, S3Config, S3Server};
 use weightd_standin::{Fault, Gated, HubConfig, Origin, Repo};
 
 use crate::node::{Ask, Node, contents, files, tree};
@@ -182,38 +180,4 @@ async fn the_policy_says_which_namespace_may_use_which_model() {
         .await
         .expect_err("mounted");
     assert_eq!(status.code(), Code::InvalidArgument, "{status}");
-}
-
-#[tokio::test]
-async fn naming_a_digest_gives_nobody_the_bytes() {
-    let s3 = S3Server::spawn_thread(S3Config::default()).expect("an S3 server");
-    s3.create_bucket("tenant-b");
-    let mut node = Node::new(HubConfig::default().token(TOKEN));
-    let repo = Repo::new("org/private").private().grant(TOKEN);
-    node.hub.add_repo(repo.commit("main", files(7)));
-    let environment = [
-        ("AWS_ENDPOINT_URL_S3", s3.endpoint()),
-        ("AWS_ACCESS_KEY_ID", s3.access_key().to_owned()),
-        ("AWS_SECRET_ACCESS_KEY", s3.secret_key().to_owned()),
-        ("AWS_REGION", "us-east-1".to_owned()),
-    ];
-    node.environment = environment
-        .map(|(key, value)| (key.to_owned(), value))
-        .to_vec();
-    node.start().await;
-    node.mounts(&Ask::model("pod-1", PRIVATE).secret("hf-token", TOKEN))
-        .await;
-    let secret = contents(7)
-        .into_iter()
-        .find(|(path, _)| path.ends_with(".safetensors"));
-    let (_, secret) = secret.expect("a shard");
-    let claim = PutOptions::default().meta("sha256", &Digest::of(&secret).to_string());
-    let fake = vec![0_u8; secret.len()];
-    s3.put("tenant-b", "m/model.safetensors", fake, claim);
-
-    let status = node.publish(&Ask::model("pod-2", "s3://tenant-b/m")).await;
-
-    let status = status.expect_err("a digest was taken for a right");
-    assert_eq!(status.code(), Code::DataLoss, "{status}");
-    assert!(node.mounted().iter().all(|line| !line.contains("pod-2")));
 }
