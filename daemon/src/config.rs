@@ -11,7 +11,7 @@ use weightd_core::fetch::{FetchLimits, FetchRequest};
 use weightd_core::model::{ModelRef, Patterns};
 use weightd_core::store::{Holder, StoreLimits};
 
-use crate::access::{AccessLimits, Policy, Rule};
+use crate::access::{AccessLimits, PATIENCE, Policy, Rule};
 use crate::sources::hf::{HfConfig, HfConfigError};
 use crate::sources::s3::{S3Config, S3Identity};
 use crate::telemetry::LogFormat;
@@ -428,6 +428,7 @@ impl Config {
             remember: self.access.remember.0,
             when_unreachable: self.access.when_unreachable,
             unreachable_window: self.access.unreachable_window.0,
+            patience: PATIENCE,
         }
     }
 

@@ -4,9 +4,8 @@ use std::time::Duration;
 
 use tonic::Code;
 use weightd_core::digest::Digest;
-use weightd_standin::HubConfig;
-use weightd_standin::Repo;
 use weightd_standin::s3::{PutOptions, S3Config, S3Server};
+use weightd_standin::{Fault, HubConfig, Repo};
 
 use crate::node::{Ask, Node, contents, files, tree};
 
@@ -122,4 +121,147 @@ async fn naming_a_digest_gives_nobody_the_bytes_after_a_restart_either() {
         "the volume was completed with foreign bytes"
     );
     assert!(!node.tree("pod-2").join("model.safetensors").exists());
+}
+
+fn with_keys(ask: Ask, s3: &S3Server) -> Ask {
+    ask.secret("aws-access-key-id", s3.access_key())
+        .secret("aws-secret-access-key", s3.secret_key())
+}
+
+/// The model that is here, with its revision.
+fn pinned(node: &Node) -> String {
+    let listed = node.weightctl(&["ls"]);
+    listed[0]["model"].as_str().expect("a model").to_owned()
+}
+
+async fn denied(node: &Node, ask: &Ask) {
+    let status = node
+        .publish(ask)
+        .await
+        .expect_err("mounted without a right");
+    assert_eq!(status.code(), Code::PermissionDenied, "{status}");
+}
+
+#[tokio::test]
+async fn what_one_tenants_keys_fetched_is_not_for_those_without_keys() {
+    let s3 = server_with_model("a-private", 7);
+    let mut node = node(&s3, &Itself::Nobody);
+    node.start().await;
+    let model = "s3://a-private/m";
+    node.mounts(&with_keys(Ask::model("pod-1", model), &s3))
+        .await;
+    let pinned = pinned(&node);
+
+    s3.fault(Fault::status(503).forever());
+    for (pod, model) in [("pod-2", model), ("pod-3", &pinned)] {
+        let status = node.publish(&Ask::model(pod, model)).await;
+        let status = status.expect_err("mounted without a right");
+        assert_eq!(status.code(), Code::Unavailable, "{status}");
+    }
+    s3.clear_faults();
+    denied(&node, &Ask::model("pod-4", model)).await;
+    denied(&node, &Ask::model("pod-5", &pinned)).await;
+    // Their owner has them while S3 is away, too.
+    s3.fault(Fault::status(503).forever());
+    node.mounts(&with_keys(Ask::model("pod-6", model), &s3))
+        .await;
+    assert_eq!(tree(&node.tree("pod-6")), contents(7));
+}
+
+#[tokio::test]
+async fn what_the_node_itself_was_let_in_to_holds_while_s3_is_away() {
+    let s3 = server_with_model("models", 7);
+    let mut node = node(&s3, &Itself::Owner);
+    node.config = "[access]\nremember = '1ms'\n".to_owned();
+    node.start().await;
+    node.mounts(&Ask::model("pod-1", "s3://models/m")).await;
+    let other = Ask::new(
+        "pod-3",
+        &[("source", "s3://models/m"), ("include", "config.json")],
+    );
+
+    s3.fault(Fault::status(503).forever());
+    node.mounts(&Ask::model("pod-2", "s3://models/m")).await;
+    let status = node.publish(&other).await.expect_err("nobody proved that");
+
+    assert_eq!(tree(&node.tree("pod-2")), contents(7));
+    assert_eq!(status.code(), Code::Unavailable, "{status}");
+}
+
+#[tokio::test]
+async fn keys_for_one_file_do_not_open_the_rest() {
+    let s3 = server_with_model("shared", 7);
+    let mut node = node(&s3, &Itself::Owner);
+    node.start().await;
+    node.weightctl(&["prefetch", "s3://shared/m"]);
+    // These keys may list, look at all headers, and read what is no shard: the rest is encrypted.
+    s3.fault(
+        Fault::status(403)
+            .method("GET")
+            .path("safetensors")
+            .forever(),
+    );
+    let ask = |pod: &str, include: &str| {
+        let mut ask = with_keys(Ask::model(pod, "s3://shared/m"), &s3);
+        if !include.is_empty() {
+            ask.attributes
+                .insert("include".to_owned(), include.to_owned());
+        }
+        ask
+    };
+
+    denied(&node, &ask("pod-1", "")).await;
+    node.mounts(&ask("pod-2", "config.json")).await;
+    denied(&node, &ask("pod-3", "*.safetensors")).await;
+    denied(&node, &ask("pod-4", "*")).await;
+}
+
+#[tokio::test]
+async fn a_revision_that_a_prefix_has_left_is_not_found() {
+    let s3 = server_with_model("a-private", 7);
+    let mut node = node(&s3, &Itself::Nobody);
+    node.start().await;
+    node.mounts(&with_keys(Ask::model("pod-1", "s3://a-private/m"), &s3))
+        .await;
+    let pinned = pinned(&node);
+    s3.put(
+        "a-private",
+        "m/more.json",
+        b"{}".to_vec(),
+        PutOptions::default(),
+    );
+    node.kill_daemon();
+    node.start_daemon().await;
+
+    let status = node
+        .publish(&with_keys(Ask::model("pod-2", &pinned), &s3))
+        .await;
+
+    let status = status.expect_err("there is no such revision");
+    assert_eq!(status.code(), Code::NotFound, "{status}");
+    for words in ["changed since", "ask for s3://a-private/m@"] {
+        assert!(status.message().contains(words), "{status}");
+    }
+}
+
+#[tokio::test]
+async fn a_directory_that_is_no_longer_allowed_is_closed_by_whatever_name() {
+    let s3 = server("unused");
+    let mut node = node(&s3, &Itself::Nobody);
+    let dir = node.path("models/x");
+    std::fs::create_dir_all(&dir).expect("a directory");
+    std::fs::write(dir.join("config.json"), "{}").expect("a file");
+    let models = node.path("models").display().to_string();
+    node.config = format!("[file]\nallow = [{models:?}]\n");
+    node.start().await;
+    let model = format!("file://{}", dir.display());
+    node.mounts(&Ask::model("pod-1", &model)).await;
+    let pinned = pinned(&node);
+    node.mounts(&Ask::model("pod-2", &pinned)).await;
+    node.kill_daemon();
+    node.config = String::new();
+    node.start_daemon().await;
+
+    denied(&node, &Ask::model("pod-3", &model)).await;
+    denied(&node, &Ask::model("pod-4", &pinned)).await;
 }

@@ -26,6 +26,7 @@ mod tests;
 
 use std::fmt;
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 
 use futures::future::{BoxFuture, FutureExt};
@@ -68,6 +69,12 @@ impl HfSource {
             Some(file) => content::probe(&self.hub, revision, &file.path).await,
             None => Ok(()),
         }
+    }
+
+    /// Whether the Hub gave an answer to any request so far.
+    #[must_use]
+    pub fn has_answered(&self) -> bool {
+        self.hub.answered.load(Ordering::Relaxed)
     }
 
     async fn listing(

@@ -1,6 +1,7 @@
 //! One repository at one Hub, asked with one token: addresses, requests, and their repetition.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
@@ -67,6 +68,8 @@ pub(super) struct Hub {
     config: HfConfig,
     limiter: Arc<Limiter>,
     authorization: Option<HeaderValue>,
+    /// A request was answered, whatever the answer, unless that was to ask later.
+    pub(super) answered: AtomicBool,
 }
 
 impl Hub {
@@ -85,6 +88,7 @@ impl Hub {
             config,
             limiter,
             authorization,
+            answered: AtomicBool::new(false),
         }
     }
 
@@ -202,7 +206,9 @@ impl Hub {
                         continue;
                     }
                     let answer = Answer::of(&response);
-                    if !passing(answer.status) || answer.status == StatusCode::TOO_MANY_REQUESTS {
+                    let limited = answer.status == StatusCode::TOO_MANY_REQUESTS;
+                    if !passing(answer.status) || limited {
+                        self.answered.fetch_or(!limited, Ordering::Relaxed);
                         return Ok(response);
                     }
                     refusal(self, &self.model.to_string(), &answer)
