@@ -28,7 +28,7 @@ use weightd_core::store::{Store, StoreError};
 
 use crate::config::WhenUnreachable;
 use crate::sources::s3::S3Keys;
-use crate::sources::{Asker, Origins};
+use crate::sources::{Asker, Origins, Resolved};
 
 mod memory;
 mod policy;
@@ -154,7 +154,7 @@ pub struct Access {
     asking: Mutex<HashMap<Question, WeakShared<Asking>>>,
 }
 
-type Asking = BoxFuture<'static, Result<Revision, Failed>>;
+type Asking = BoxFuture<'static, Result<Resolved, Failed>>;
 
 /// Why a question lets nobody in.
 #[derive(Debug, Clone)]
@@ -210,7 +210,7 @@ impl Access {
         let mut refusal = None;
         while let Some(asker) = askers.next() {
             let failed = match self.ask(&asker, model, patterns).await {
-                Ok(revision) => return Ok(Grant { revision, asker }),
+                Ok(resolved) => return Ok(self.granted(resolved, asker, requester)?),
                 Err(failed) => failed,
             };
             match failed.error {
@@ -221,9 +221,10 @@ impl Access {
                 SourceError::Unavailable { .. } => {
                     let left = [asker].into_iter().chain(askers).collect();
                     let refused = refusal.is_some();
-                    return self
+                    let (resolved, asker) = self
                         .without_origin(model, patterns, left, refused, failed)
-                        .await;
+                        .await?;
+                    return Ok(self.granted(resolved, asker, requester)?);
                 }
                 error => return Err(refused(model, error)),
             }
@@ -238,20 +239,45 @@ impl Access {
         ))
     }
 
+    /// The grant, if the policy has nothing against what the origin calls the model either.
+    fn granted(
+        &self,
+        resolved: Resolved,
+        asker: Arc<Asker>,
+        requester: &Requester,
+    ) -> Result<Grant, Refused> {
+        if let Some(canonical) = &resolved.canonical {
+            self.policy.check(canonical, &requester.namespace)?;
+        }
+        Ok(Grant {
+            revision: resolved.revision,
+            asker,
+        })
+    }
+
+    fn question(&self, asker: &Asker, model: &ModelRef, patterns: &Patterns) -> Question {
+        Question {
+            model: model.clone(),
+            part: asker.part(patterns),
+            who: asker.fingerprint(),
+            by_name: model.scheme() == Scheme::Hf && !self.policy.is_open(),
+        }
+    }
+
     async fn ask(
         &self,
         asker: &Arc<Asker>,
         model: &ModelRef,
         patterns: &Patterns,
-    ) -> Result<Revision, Failed> {
-        let question = question(asker, model, patterns);
+    ) -> Result<Resolved, Failed> {
+        let question = self.question(asker, model, patterns);
         if let Some(error) = self.memory.refusal(&question) {
             return Err(error.into());
         }
-        if let Some(revision) = self.memory.revision(&question)
-            && (self.memory).accepted(&question.at(&revision), self.limits.remember)
+        if let Some(resolved) = self.memory.resolved(&question)
+            && (self.memory).accepted(&question.at(&resolved.revision), self.limits.remember)
         {
-            return Ok(revision);
+            return Ok(resolved);
         }
         self.asked(question, asker, patterns).await
     }
@@ -284,7 +310,7 @@ impl Access {
         askers: Vec<Arc<Asker>>,
         a_refusal: bool,
         failed: Failed,
-    ) -> Result<Grant, AccessError> {
+    ) -> Result<(Resolved, Arc<Asker>), AccessError> {
         let window = self.limits.unreachable_window;
         let (open, closed) = match self.limits.when_unreachable {
             WhenUnreachable::Remembered => (false, false),
@@ -292,33 +318,29 @@ impl Access {
             WhenUnreachable::Allow => (!a_refusal && !failed.late, false),
         };
         for asker in askers.into_iter().filter(|_| !closed) {
-            let question = question(&asker, model, patterns);
-            let mut revision = self.memory.revision_within(&question, window);
-            if revision.is_none() && open {
-                revision = self.last_resolved(model).await?;
+            let question = self.question(&asker, model, patterns);
+            let mut resolved = self.memory.resolved_within(&question, window);
+            if resolved.is_none() && open {
+                resolved = self.last_resolved(model).await?.map(Resolved::from);
             }
-            let Some(revision) = revision else {
+            let Some(resolved) = resolved else {
                 continue;
             };
-            if open || self.memory.accepted(&question.at(&revision), window) {
+            let at = question.at(&resolved.revision);
+            if open || self.memory.accepted(&at, window) {
                 tracing::warn!(%model, error = %Chain(&failed.error), "origin unavailable, going by what it said before");
-                return Ok(Grant { revision, asker });
+                return Ok((resolved, asker));
             }
         }
         Err(refused(model, failed.error))
     }
 
     async fn last_resolved(&self, model: &ModelRef) -> Result<Option<Revision>, StoreError> {
+        if let Some(pinned) = model.pinned() {
+            return Ok(Some(pinned));
+        }
         let (store, model) = (Arc::clone(&self.store), model.clone());
         blocking::run(move || store.last_resolved(&model)).await
-    }
-}
-
-fn question(asker: &Asker, model: &ModelRef, patterns: &Patterns) -> Question {
-    Question {
-        model: model.clone(),
-        part: asker.part(patterns),
-        who: asker.fingerprint(),
     }
 }
 
@@ -333,7 +355,7 @@ struct Inquest {
 
 impl Inquest {
     /// Asks, and remembers the answer.
-    async fn hold(self) -> Result<Revision, Failed> {
+    async fn hold(self) -> Result<Resolved, Failed> {
         let outcome = self.establish().await;
         match outcome.as_ref().map_err(|failed| &failed.error) {
             Err(error @ (SourceError::Denied { .. } | SourceError::NotFound { .. })) => {
@@ -345,7 +367,7 @@ impl Inquest {
         outcome
     }
 
-    async fn establish(&self) -> Result<Revision, Failed> {
+    async fn establish(&self) -> Result<Resolved, Failed> {
         let (memory, question) = (&self.memory, &self.question);
         let inquiry = self.asker.inquire(&question.model);
         let patience = self.limits.patience;
@@ -358,22 +380,23 @@ impl Inquest {
             },
             late: inquiry.has_answered(),
         };
-        let revision = match memory.revision(question) {
-            Some(revision) => revision,
+        let resolved = match memory.resolved(question) {
+            Some(resolved) => resolved,
             None => {
                 let resolved = timeout_at(end, inquiry.resolve()).await;
-                let revision = resolved.map_err(|_| late("finding out its revision"))??;
-                memory.name(question, &revision);
-                revision
+                let resolved = resolved.map_err(|_| late("finding out its revision"))??;
+                memory.name(question, &resolved);
+                resolved
             }
         };
-        let at = question.at(&revision);
+        let at = question.at(&resolved.revision);
         if !memory.accepted(&at, self.limits.remember) {
-            let proven = timeout_at(end, inquiry.prove(&revision, &self.patterns)).await;
+            let proof = inquiry.prove(&resolved.revision, &self.patterns);
+            let proven = timeout_at(end, proof).await;
             proven.map_err(|_| late("listing its files and trying to read them"))??;
             memory.accept(at);
         }
-        Ok(revision)
+        Ok(resolved)
     }
 }
 

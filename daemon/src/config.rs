@@ -412,11 +412,11 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// [`ConfigError::Value`] for a rule that is no glob.
+    /// [`ConfigError::Value`] for a rule that is no glob, or can match nothing.
     pub fn policy(&self) -> Result<Policy, ConfigError> {
         let policy = Policy::new(&self.access.allow, &self.access.deny);
         policy.map_err(|error| ConfigError::Value {
-            key: "access".to_owned(),
+            key: error.key.to_owned(),
             reason: error.to_string(),
         })
     }
@@ -562,6 +562,14 @@ mod tests {
             ("[s3]\nendpoint = 'http://host/?a=b'", &["s3.endpoint"]),
             ("[s3]\nendpoint = 'http://host/#a'", &["s3.endpoint"]),
             ("[s3]\nregion = ''", &["s3.region"]),
+            (
+                "[[access.deny]]\nsource = 'org/secret'",
+                &["access.deny", "`org/secret`", "hf://"],
+            ),
+            (
+                "[[access.allow]]\nsource = 's3://models/'",
+                &["access.allow", "`s3://models/*`"],
+            ),
             ("[log]\nformat = 'xml'", &["xml"]),
             ("[metrics]\nlisten = '9100'", &["line 2", "socket address"]),
             ("[[prefetch]]\nmodel = 'org/model'", &["hf://org/model"]),

@@ -17,7 +17,7 @@ pub mod directory;
 pub mod hf;
 pub mod s3;
 
-pub use asker::{Asker, Inquiry};
+pub use asker::{Asker, Inquiry, Resolved};
 
 /// The sources of one process, with this process's own credentials.
 pub struct Origins {

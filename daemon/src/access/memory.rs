@@ -10,6 +10,8 @@ use weightd_core::digest::Digest;
 use weightd_core::model::{ModelRef, Revision};
 use weightd_core::source::SourceError;
 
+use crate::sources::Resolved;
+
 /// How long what a branch or a prefix stood for is taken for granted: 30 s. Hundreds of pods that start
 /// together then cost the Hub one question.
 const NAME: Duration = Duration::from_secs(30);
@@ -29,6 +31,9 @@ pub(super) struct Question {
     pub(super) part: Option<Digest>,
     /// By which credentials; `None` for nobody's, and for the node's own.
     pub(super) who: Option<Digest>,
+    /// The policy has to know what the origin calls the model, so that a revision that never moves is not all
+    /// there is to find out.
+    pub(super) by_name: bool,
 }
 
 impl Question {
@@ -89,7 +94,7 @@ pub(super) struct Memory(Mutex<Kept>);
 
 struct Kept {
     /// What a name stood for, for whom.
-    names: Recent<(ModelRef, Option<Digest>), Revision>,
+    names: Recent<(ModelRef, Option<Digest>), Resolved>,
     /// Who was let in, to a model at its revision.
     accepted: Recent<Question, ()>,
     /// Who was not.
@@ -111,18 +116,21 @@ impl Memory {
     }
 
     /// What the model stands for, without a question to its origin.
-    pub(super) fn revision(&self, question: &Question) -> Option<Revision> {
-        self.revision_within(question, NAME)
+    pub(super) fn resolved(&self, question: &Question) -> Option<Resolved> {
+        self.resolved_within(question, NAME)
     }
 
     /// What it stood for not longer ago than that.
-    pub(super) fn revision_within(
+    pub(super) fn resolved_within(
         &self,
         question: &Question,
         within: Duration,
-    ) -> Option<Revision> {
-        let pinned = question.model.pinned();
-        pinned.or_else(|| self.kept().names.get(&question.name(), within))
+    ) -> Option<Resolved> {
+        let named = self.kept().names.get(&question.name(), within);
+        named.or_else(|| {
+            let pinned = question.model.pinned().filter(|_| !question.by_name);
+            pinned.map(Resolved::from)
+        })
     }
 
     /// Whether the origin let in whom `question` at a revision is about.
@@ -135,9 +143,9 @@ impl Memory {
         self.kept().refused.get(question, REFUSAL)
     }
 
-    pub(super) fn name(&self, question: &Question, revision: &Revision) {
+    pub(super) fn name(&self, question: &Question, resolved: &Resolved) {
         let mut kept = self.kept();
-        kept.names.insert(question.name(), revision.clone());
+        kept.names.insert(question.name(), resolved.clone());
     }
 
     pub(super) fn accept(&self, question: Question) {
@@ -174,6 +182,7 @@ mod tests {
             model: model.parse().unwrap(),
             part: None,
             who: who.map(|who| Digest::of(who.as_bytes())),
+            by_name: false,
         }
     }
 
@@ -198,17 +207,17 @@ mod tests {
             question("hf://org/other", Some("a")),
         ];
         for question in others.iter().chain([&asked]) {
-            memory.name(question, &revision());
+            memory.name(question, &revision().into());
             memory.accept(question.at(&revision()));
         }
 
         memory.refuse(&question("hf://org/model@v2", Some("a")), &no());
 
         assert!(!memory.accepted(&asked.at(&revision()), HOUR));
-        assert_eq!(memory.revision(&asked), None);
+        assert_eq!(memory.resolved(&asked), None);
         for other in &others {
             assert!(memory.accepted(&other.at(&revision()), HOUR), "{other:?}");
-            assert!(memory.revision(other).is_some(), "{other:?}");
+            assert!(memory.resolved(other).is_some(), "{other:?}");
         }
     }
 

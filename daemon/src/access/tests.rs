@@ -159,3 +159,46 @@ async fn what_takes_us_too_long_is_no_outage() {
     let granted = fixture.ask(&pinned, Some(OTHER)).await;
     granted.expect("`allow` is for a Hub that says nothing at all");
 }
+
+#[tokio::test]
+async fn a_denial_holds_for_a_repository_under_its_old_name() {
+    let deny = Rule {
+        source: "hf://org/Model".to_owned(),
+        namespace: "team-*".to_owned(),
+    };
+    let fixture = fixture(limits(), Policy::new(&[], &[deny]).unwrap()).await;
+    let sha = fixture.hub.sha("org/model", "main").unwrap();
+    let away = |from: &str, to: String| {
+        let what = FaultKind::Status {
+            status: 307,
+            headers: vec![("location".to_owned(), to)],
+            body: String::new(),
+        };
+        fixture.hub.fault(Fault::new(what).path(from).forever());
+    };
+    away(
+        "/api/models/org/old/revision",
+        format!("/api/models/org/model/revision/{sha}"),
+    );
+    away(
+        "/api/models/org/old/tree",
+        format!("/api/models/org/model/tree/{sha}?recursive=true"),
+    );
+    away(
+        "/org/old/resolve",
+        format!("/org/model/resolve/{sha}/config.json"),
+    );
+
+    for model in ["hf://org/old".to_owned(), format!("hf://org/old@{sha}")] {
+        for _ in 0..2 {
+            match fixture.ask(&model, None).await {
+                Err(AccessError::Policy(refused)) => {
+                    let text = refused.to_string();
+                    assert!(text.contains("hf://org/model"), "{text}");
+                }
+                Err(error) => panic!("{}", Chain(&error)),
+                Ok(_) => panic!("{model} was let in"),
+            }
+        }
+    }
+}

@@ -130,6 +130,24 @@ impl Asker {
     }
 }
 
+/// What a model's name stands for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Resolved {
+    /// The revision.
+    pub revision: Revision,
+    /// What the origin calls the model, if that is something else: a repository may have been renamed.
+    pub canonical: Option<ModelRef>,
+}
+
+impl From<Revision> for Resolved {
+    fn from(revision: Revision) -> Self {
+        Self {
+            revision,
+            canonical: None,
+        }
+    }
+}
+
 /// Questions to an origin about one model. What it said to one helps with the next.
 pub enum Inquiry {
     /// A repository.
@@ -146,11 +164,14 @@ impl Inquiry {
     /// # Errors
     ///
     /// As [`Source::resolve`].
-    pub async fn resolve(&self) -> Result<Revision, SourceError> {
+    pub async fn resolve(&self) -> Result<Resolved, SourceError> {
         match self {
-            Self::Hub(source) => source.resolve().await,
-            Self::S3(source) => source.resolve().await,
-            Self::Directory(source) => source.resolve().await,
+            Self::Hub(source) => Ok(Resolved {
+                revision: source.resolve().await?,
+                canonical: source.renamed()?,
+            }),
+            Self::S3(source) => source.resolve().await.map(Resolved::from),
+            Self::Directory(source) => source.resolve().await.map(Resolved::from),
         }
     }
 

@@ -71,6 +71,26 @@ impl HfSource {
         }
     }
 
+    /// What the Hub calls the repository, if that is another name than the one that was resolved: it redirects
+    /// from the names that a repository had before.
+    ///
+    /// # Errors
+    ///
+    /// [`SourceError::Invalid`] if that is no name.
+    pub fn renamed(&self) -> Result<Option<ModelRef>, SourceError> {
+        let canonical = self.hub.canonical.get();
+        let other = |name: &&String| !name.eq_ignore_ascii_case(self.hub.model.name());
+        let model = canonical.filter(other).map(|name| {
+            let parsed = format!("hf://{name}").parse::<ModelRef>();
+            parsed.map_err(|error| {
+                let host = self.hub.host();
+                self.hub
+                    .nonsense(format!("{host} calls it otherwise: {error}"))
+            })
+        });
+        model.transpose()
+    }
+
     /// Whether the Hub gave an answer to any request so far.
     #[must_use]
     pub fn has_answered(&self) -> bool {

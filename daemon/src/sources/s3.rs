@@ -49,6 +49,9 @@ pub struct S3Source {
     state: Mutex<State>,
 }
 
+/// The objects that patterns choose, with path and size.
+type Chosen = Vec<(RelPath, u64, Listed)>;
+
 /// What was learnt so far.
 #[derive(Default)]
 struct State {
@@ -130,7 +133,7 @@ impl S3Source {
         &self,
         objects: &Objects,
         patterns: &Patterns,
-    ) -> Result<(Vec<(RelPath, u64, Listed)>, LeftOut), SourceError> {
+    ) -> Result<(Chosen, LeftOut), SourceError> {
         let all = objects.all.iter().cloned();
         let all = all.map(|object| (object.path.clone(), object.size, object));
         select(&self.bucket.model, all.collect(), patterns)

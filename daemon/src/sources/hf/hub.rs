@@ -1,7 +1,7 @@
 //! One repository at one Hub, asked with one token: addresses, requests, and their repetition.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
@@ -70,6 +70,8 @@ pub(super) struct Hub {
     authorization: Option<HeaderValue>,
     /// A request was answered, whatever the answer, unless that was to ask later.
     pub(super) answered: AtomicBool,
+    /// What the Hub calls the repository, as far as it was asked.
+    pub(super) canonical: OnceLock<String>,
 }
 
 impl Hub {
@@ -89,6 +91,7 @@ impl Hub {
             limiter,
             authorization,
             answered: AtomicBool::new(false),
+            canonical: OnceLock::new(),
         }
     }
 

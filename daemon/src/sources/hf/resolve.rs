@@ -38,6 +38,7 @@ pub(super) async fn revision(hub: &Hub) -> Result<Revision, SourceError> {
         let error = match timeout(timing.header + timing.body, info).await {
             Ok(Ok(info)) => {
                 hub.answered.store(true, Ordering::Relaxed);
+                hub.canonical.get_or_init(|| info.id);
                 return checked(hub, info.sha);
             }
             Ok(Err(HFError::RateLimited { retry_after, .. })) if refusals < timing.refusals => {
