@@ -76,7 +76,7 @@ impl Credentials {
                     keys.secret_access_key.expose_secret(),
                     token.map_or("", |token| token.expose_secret()),
                 ];
-                Some(Digest::of(parts.join("\n").as_bytes()))
+                Some(Digest::of_parts(parts.map(str::as_bytes)))
             }
             Scheme::File => None,
         }

@@ -202,3 +202,21 @@ async fn a_denial_holds_for_a_repository_under_its_old_name() {
         }
     }
 }
+
+#[test]
+fn no_two_sets_of_keys_have_one_fingerprint() {
+    let print = |secret: &str, token: Option<&str>| {
+        let credentials = Credentials {
+            hf_token: None,
+            s3: Some(S3Keys {
+                access_key_id: "id".to_owned(),
+                secret_access_key: SecretString::from(secret),
+                session_token: token.map(SecretString::from),
+            }),
+        };
+        credentials.fingerprint(Scheme::S3)
+    };
+    assert_ne!(print("a\nb", None), print("a", Some("b\n")));
+    assert_ne!(print("a\n", Some("b")), print("a", Some("\nb")));
+    assert_eq!(print("a", Some("b")), print("a", Some("b")));
+}
