@@ -265,3 +265,24 @@ async fn a_directory_that_is_no_longer_allowed_is_closed_by_whatever_name() {
     denied(&node, &Ask::model("pod-3", &model)).await;
     denied(&node, &Ask::model("pod-4", &pinned)).await;
 }
+
+#[tokio::test]
+async fn a_denied_prefix_is_closed_from_above_and_from_below() {
+    let s3 = server_with_model("models", 7);
+    s3.put(
+        "models",
+        "secret/x/config.json",
+        b"{}".to_vec(),
+        PutOptions::default(),
+    );
+    let mut node = node(&s3, &Itself::Owner);
+    node.config = "[[access.deny]]\nsource = 's3://models/secret/*'\n".to_owned();
+    node.start().await;
+    let ask = |pod, source, include| Ask::new(pod, &[("source", source), ("include", include)]);
+
+    denied(&node, &ask("pod-1", "s3://models", "secret/*")).await;
+    denied(&node, &ask("pod-2", "s3://models/secret", "*")).await;
+    denied(&node, &ask("pod-3", "s3://models/secret/x", "*")).await;
+    node.mounts(&Ask::model("pod-4", "s3://models/m")).await;
+    assert_eq!(tree(&node.tree("pod-4")), contents(7));
+}
