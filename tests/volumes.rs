@@ -6,6 +6,8 @@ mod access;
 mod annotations;
 #[path = "volumes/api.rs"]
 mod api;
+#[path = "volumes/buckets.rs"]
+mod buckets;
 #[path = "volumes/mounts.rs"]
 mod mounts;
 #[path = "volumes/node.rs"]

@@ -5,17 +5,20 @@
 //!
 //! 1. The policy of the configuration says which namespace may ask for which model.
 //! 2. Hub: nobody's, or the requester's own, token must be let in by the Hub, for that revision.
-//!    S3 with keys of the requester's own: S3 must let these keys list and look. Else the policy, and what
-//!    this node's own identity may read, decide.
-//! 3. What the origin said is remembered for a short time, by the fingerprint of the credentials.
+//!    S3: the requester's own keys, or this node's own identity if there are none, must read a byte of each
+//!    file that is asked for. Directories: they must lie where this node may read. That the bytes are here
+//!    proves nothing: somebody else's keys may have brought them.
+//! 3. What the origin said is remembered for a short time, by the fingerprint of the credentials. While the
+//!    origin is away nothing else counts, for the node's own identity neither. A no ends what was remembered.
 
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use futures::future::{BoxFuture, FutureExt, Shared, WeakShared};
 use secrecy::{ExposeSecret, SecretString};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 use weightd_core::blocking;
 use weightd_core::digest::Digest;
 use weightd_core::errors::Chain;
@@ -25,19 +28,19 @@ use weightd_core::store::{Store, StoreError};
 
 use crate::config::WhenUnreachable;
 use crate::sources::s3::S3Keys;
-use crate::sources::{Asker, Origins};
+use crate::sources::{Asker, Origins, Resolved};
 
+mod memory;
 mod policy;
+#[cfg(test)]
+mod tests;
 
+use memory::{Memory, Question};
 pub use policy::{Policy, Refused, Rule, RuleError};
 
-/// How long what a branch or a prefix stood for is taken for granted: 30 s. Hundreds of pods that start
-/// together then cost the Hub one question.
-const NAME: Duration = Duration::from_secs(30);
-
-/// How long an origin may take to say who may read: with what the daemon does before and after it, well
-/// below the 110 s that kubelet is made to wait.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// For [`AccessLimits::patience`]: there are two askers at most, so that it is well below the 110 s that
+/// kubelet is made to wait.
+pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What a requester proves its rights with. It never leaves memory.
 #[derive(Default)]
@@ -73,7 +76,7 @@ impl Credentials {
                     keys.secret_access_key.expose_secret(),
                     token.map_or("", |token| token.expose_secret()),
                 ];
-                Some(Digest::of(parts.join("\n").as_bytes()))
+                Some(Digest::of_parts(parts.map(str::as_bytes)))
             }
             Scheme::File => None,
         }
@@ -93,7 +96,7 @@ pub struct Requester {
 pub struct Grant {
     /// What the model's name stands for.
     pub revision: Revision,
-    asker: Asker,
+    asker: Arc<Asker>,
 }
 
 impl Grant {
@@ -136,6 +139,8 @@ pub struct AccessLimits {
     pub when_unreachable: WhenUnreachable,
     /// How old a yes may be then.
     pub unreachable_window: Duration,
+    /// How long an origin may take to say whether one asker may read.
+    pub patience: Duration,
 }
 
 /// Decides who may have which model.
@@ -144,15 +149,26 @@ pub struct Access {
     store: Arc<Store>,
     policy: Policy,
     limits: AccessLimits,
-    memory: Mutex<Memory>,
+    memory: Arc<Memory>,
+    /// The questions that are being asked. All who have the same one wait for one answer.
+    asking: Mutex<HashMap<Question, WeakShared<Asking>>>,
 }
 
-#[derive(Default)]
-struct Memory {
-    /// What a name stood for, for whom.
-    names: HashMap<(ModelRef, Option<Digest>), (Revision, Instant)>,
-    /// Who was let in: to the model at that revision, by which credentials.
-    accepted: HashMap<(ModelRef, Option<Digest>), Instant>,
+type Asking = BoxFuture<'static, Result<Resolved, Failed>>;
+
+/// Why a question lets nobody in.
+#[derive(Debug, Clone)]
+struct Failed {
+    error: SourceError,
+    /// The origin did answer, and we did not wait to the end. That is no outage: the length of an answer
+    /// may be of the asker's own making.
+    late: bool,
+}
+
+impl From<SourceError> for Failed {
+    fn from(error: SourceError) -> Self {
+        Self { error, late: false }
+    }
 }
 
 impl Access {
@@ -164,16 +180,19 @@ impl Access {
         policy: Policy,
         limits: AccessLimits,
     ) -> Self {
+        let keep = limits.remember.max(limits.unreachable_window);
         Self {
             origins,
             store,
             policy,
             limits,
-            memory: Mutex::default(),
+            memory: Arc::new(Memory::new(keep)),
+            asking: Mutex::default(),
         }
     }
 
-    /// Establishes that `requester` may have the files of `model`.
+    /// Establishes that `requester` may have the files of `model`: asks the origin as the requester, then as
+    /// nobody, for a public model is everybody's, whatever token comes along.
     ///
     /// # Errors
     ///
@@ -185,132 +204,199 @@ impl Access {
         requester: &Requester,
     ) -> Result<Grant, AccessError> {
         self.policy.check(model, &requester.namespace)?;
-        let late = || {
-            Err(SourceError::Unavailable {
-                what: model.to_string(),
-                detail: format!("no answer within {} s", PATIENCE.as_secs()),
-                retry_after: None,
-            })
-        };
-        let asked = self.ask(model, patterns, &requester.credentials);
-        let asked = tokio::time::timeout(PATIENCE, asked);
-        match asked.await.unwrap_or_else(|_| late()) {
-            Ok(grant) => Ok(grant),
-            Err(error @ SourceError::Unavailable { .. }) => {
-                self.without_origin(model, &requester.credentials, error)
-                    .await
+        let askers = self.origins.askers(model.scheme(), &requester.credentials);
+        let askers = askers.map_err(|error| refused(model, error))?;
+        let mut askers = askers.into_iter().map(Arc::new);
+        let mut refusal = None;
+        while let Some(asker) = askers.next() {
+            let failed = match self.ask(&asker, model, patterns).await {
+                Ok(resolved) => return Ok(self.granted(resolved, asker, requester)?),
+                Err(failed) => failed,
+            };
+            match failed.error {
+                SourceError::Denied { .. } | SourceError::NotFound { .. } => {
+                    // What the requester's own credentials were told says more.
+                    refusal.get_or_insert(failed.error);
+                }
+                SourceError::Unavailable { .. } => {
+                    let left = [asker].into_iter().chain(askers).collect();
+                    let refused = refusal.is_some();
+                    let (resolved, asker) = self
+                        .without_origin(model, patterns, left, refused, failed)
+                        .await?;
+                    return Ok(self.granted(resolved, asker, requester)?);
+                }
+                error => return Err(refused(model, error)),
             }
-            Err(source) => Err(refused(model, source)),
+        }
+        Err(refused(
+            model,
+            refusal.unwrap_or_else(|| SourceError::Denied {
+                what: model.to_string(),
+                detail: "nobody may ask for it".to_owned(),
+                hint: None,
+            }),
+        ))
+    }
+
+    /// The grant, if the policy has nothing against what the origin calls the model either.
+    fn granted(
+        &self,
+        resolved: Resolved,
+        asker: Arc<Asker>,
+        requester: &Requester,
+    ) -> Result<Grant, Refused> {
+        if let Some(canonical) = &resolved.canonical {
+            self.policy.check(canonical, &requester.namespace)?;
+        }
+        Ok(Grant {
+            revision: resolved.revision,
+            asker,
+        })
+    }
+
+    fn question(&self, asker: &Asker, model: &ModelRef, patterns: &Patterns) -> Question {
+        Question {
+            model: model.clone(),
+            part: asker.part(patterns),
+            who: asker.fingerprint(),
+            by_name: model.scheme() == Scheme::Hf && !self.policy.is_open(),
         }
     }
 
-    /// Asks the origin as the requester, then as nobody: a public model is everybody's, whatever token
-    /// comes along.
     async fn ask(
         &self,
+        asker: &Arc<Asker>,
         model: &ModelRef,
         patterns: &Patterns,
-        credentials: &Credentials,
-    ) -> Result<Grant, SourceError> {
-        let mut refused = None;
-        for asker in self.origins.askers(model.scheme(), credentials)? {
-            match self.ask_as(asker, model, patterns).await {
-                Err(error @ (SourceError::Denied { .. } | SourceError::NotFound { .. })) => {
-                    // What the requester's own credentials were told says more.
-                    refused.get_or_insert(error);
-                }
-                outcome => return outcome,
-            }
+    ) -> Result<Resolved, Failed> {
+        let question = self.question(asker, model, patterns);
+        if let Some(error) = self.memory.refusal(&question) {
+            return Err(error.into());
         }
-        Err(refused.unwrap_or_else(|| SourceError::Denied {
-            what: model.to_string(),
-            detail: "nobody may ask for it".to_owned(),
-            hint: None,
-        }))
+        if let Some(resolved) = self.memory.resolved(&question)
+            && (self.memory).accepted(&question.at(&resolved.revision), self.limits.remember)
+        {
+            return Ok(resolved);
+        }
+        self.asked(question, asker, patterns).await
     }
 
-    async fn ask_as(
-        &self,
-        asker: Asker,
-        model: &ModelRef,
-        patterns: &Patterns,
-    ) -> Result<Grant, SourceError> {
-        let who = asker.fingerprint();
-        let known = model.pinned().or_else(|| self.named(model, who, NAME));
-        let revision = match known {
-            Some(revision) => revision,
-            None => asker.resolve(model).await?,
+    /// Asks the origin, or joins those who ask it the same. It goes on while anyone waits for it.
+    fn asked(&self, question: Question, asker: &Arc<Asker>, patterns: &Patterns) -> Shared<Asking> {
+        let mut asking = self.asking.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(same) = asking.get(&question).and_then(WeakShared::upgrade) {
+            return same;
+        }
+        let inquest = Inquest {
+            memory: Arc::clone(&self.memory),
+            asker: Arc::clone(asker),
+            question: question.clone(),
+            patterns: patterns.clone(),
+            limits: self.limits,
         };
-        let at = model.at(&revision);
-        if !self.accepted(&at, who, self.limits.remember) {
-            asker.prove(&at, &revision, patterns).await?;
-            self.remember(model, &revision, who);
-        }
-        Ok(Grant { revision, asker })
+        let answer = inquest.hold().boxed().shared();
+        asking.retain(|_, asking| asking.upgrade().is_some());
+        asking.insert(question, answer.downgrade().expect("it was not asked yet"));
+        answer
     }
 
-    /// What holds while the origin cannot be asked.
+    /// What holds while the origin cannot be asked. `a_refusal` says that it could be, and said no to the
+    /// requester's own credentials.
     async fn without_origin(
         &self,
         model: &ModelRef,
-        credentials: &Credentials,
-        error: SourceError,
-    ) -> Result<Grant, AccessError> {
+        patterns: &Patterns,
+        askers: Vec<Arc<Asker>>,
+        a_refusal: bool,
+        failed: Failed,
+    ) -> Result<(Resolved, Arc<Asker>), AccessError> {
         let window = self.limits.unreachable_window;
-        let askers = self.origins.askers(model.scheme(), credentials);
-        for asker in askers.map_err(|error| refused(model, error))? {
-            let who = asker.fingerprint();
-            let open = self.limits.when_unreachable == WhenUnreachable::Allow;
-            let closed = self.limits.when_unreachable == WhenUnreachable::Deny;
-            // What only the policy guards needs no origin's word.
-            let trusted = open || asker.is_node();
-            let mut revision = model.pinned().or_else(|| self.named(model, who, window));
-            if revision.is_none() && trusted {
-                revision = self.last_resolved(model).await?;
+        let (open, closed) = match self.limits.when_unreachable {
+            WhenUnreachable::Remembered => (false, false),
+            WhenUnreachable::Deny => (false, true),
+            WhenUnreachable::Allow => (!a_refusal && !failed.late, false),
+        };
+        for asker in askers.into_iter().filter(|_| !closed) {
+            let question = self.question(&asker, model, patterns);
+            let mut resolved = self.memory.resolved_within(&question, window);
+            if resolved.is_none() && open {
+                resolved = self.last_resolved(model).await?.map(Resolved::from);
             }
-            let Some(revision) = revision.filter(|_| !closed) else {
+            let Some(resolved) = resolved else {
                 continue;
             };
-            if trusted || self.accepted(&model.at(&revision), who, window) {
-                tracing::warn!(%model, error = %Chain(&error), "origin unavailable, going by what it said before");
-                return Ok(Grant { revision, asker });
+            let at = question.at(&resolved.revision);
+            if open || self.memory.accepted(&at, window) {
+                tracing::warn!(%model, error = %Chain(&failed.error), "origin unavailable, going by what it said before");
+                return Ok((resolved, asker));
             }
         }
-        Err(refused(model, error))
+        Err(refused(model, failed.error))
     }
 
     async fn last_resolved(&self, model: &ModelRef) -> Result<Option<Revision>, StoreError> {
+        if let Some(pinned) = model.pinned() {
+            return Ok(Some(pinned));
+        }
         let (store, model) = (Arc::clone(&self.store), model.clone());
         blocking::run(move || store.last_resolved(&model)).await
     }
+}
 
-    fn named(&self, model: &ModelRef, who: Option<Digest>, within: Duration) -> Option<Revision> {
-        let memory = self.memory();
-        let (revision, at) = memory.names.get(&(model.clone(), who))?;
-        (at.elapsed() < within).then(|| revision.clone())
+/// One question on its way to an origin.
+struct Inquest {
+    memory: Arc<Memory>,
+    asker: Arc<Asker>,
+    question: Question,
+    patterns: Patterns,
+    limits: AccessLimits,
+}
+
+impl Inquest {
+    /// Asks, and remembers the answer.
+    async fn hold(self) -> Result<Resolved, Failed> {
+        let outcome = self.establish().await;
+        match outcome.as_ref().map_err(|failed| &failed.error) {
+            Err(error @ (SourceError::Denied { .. } | SourceError::NotFound { .. })) => {
+                self.memory.refuse(&self.question, error);
+            }
+            Err(SourceError::Changed { .. }) => self.memory.forget_name(&self.question),
+            _ => {}
+        }
+        outcome
     }
 
-    fn accepted(&self, at: &ModelRef, who: Option<Digest>, within: Duration) -> bool {
-        let memory = self.memory();
-        let accepted = memory.accepted.get(&(at.clone(), who));
-        accepted.is_some_and(|accepted| accepted.elapsed() < within)
-    }
-
-    fn remember(&self, model: &ModelRef, revision: &Revision, who: Option<Digest>) {
-        let now = Instant::now();
-        let keep = self.limits.remember.max(self.limits.unreachable_window);
-        let mut memory = self.memory();
-        // A daemon meets many tokens and revisions; what is too old to count needs no memory.
-        memory.names.retain(|_, (_, at)| at.elapsed() < keep);
-        memory.accepted.retain(|_, at| at.elapsed() < keep);
-        memory
-            .names
-            .insert((model.clone(), who), (revision.clone(), now));
-        memory.accepted.insert((model.at(revision), who), now);
-    }
-
-    fn memory(&self) -> std::sync::MutexGuard<'_, Memory> {
-        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    async fn establish(&self) -> Result<Resolved, Failed> {
+        let (memory, question) = (&self.memory, &self.question);
+        let inquiry = self.asker.inquire(&question.model);
+        let patience = self.limits.patience;
+        let end = Instant::now() + patience;
+        let late = |what: &str| Failed {
+            error: SourceError::Unavailable {
+                what: question.model.to_string(),
+                detail: format!("{what} took longer than {} s", patience.as_secs_f64()),
+                retry_after: None,
+            },
+            late: inquiry.has_answered(),
+        };
+        let resolved = match memory.resolved(question) {
+            Some(resolved) => resolved,
+            None => {
+                let resolved = timeout_at(end, inquiry.resolve()).await;
+                let resolved = resolved.map_err(|_| late("finding out its revision"))??;
+                memory.name(question, &resolved);
+                resolved
+            }
+        };
+        let at = question.at(&resolved.revision);
+        if !memory.accepted(&at, self.limits.remember) {
+            let proof = inquiry.prove(&resolved.revision, &self.patterns);
+            let proven = timeout_at(end, proof).await;
+            proven.map_err(|_| late("listing its files and trying to read them"))??;
+            memory.accept(at);
+        }
+        Ok(resolved)
     }
 }
 

@@ -11,7 +11,7 @@ use weightd_core::fetch::{FetchLimits, FetchRequest};
 use weightd_core::model::{ModelRef, Patterns};
 use weightd_core::store::{Holder, StoreLimits};
 
-use crate::access::{AccessLimits, Policy, Rule};
+use crate::access::{AccessLimits, PATIENCE, Policy, Rule};
 use crate::sources::hf::{HfConfig, HfConfigError};
 use crate::sources::s3::{S3Config, S3Identity};
 use crate::telemetry::LogFormat;
@@ -405,7 +405,6 @@ impl Config {
                 S3Identity::Chain
             },
             unsigned_buckets: self.s3.unsigned_buckets.clone(),
-            ..S3Config::default()
         })
     }
 
@@ -413,11 +412,11 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// [`ConfigError::Value`] for a rule that is no glob.
+    /// [`ConfigError::Value`] for a rule that is no glob, or can match nothing.
     pub fn policy(&self) -> Result<Policy, ConfigError> {
         let policy = Policy::new(&self.access.allow, &self.access.deny);
         policy.map_err(|error| ConfigError::Value {
-            key: "access".to_owned(),
+            key: error.key.to_owned(),
             reason: error.to_string(),
         })
     }
@@ -429,6 +428,7 @@ impl Config {
             remember: self.access.remember.0,
             when_unreachable: self.access.when_unreachable,
             unreachable_window: self.access.unreachable_window.0,
+            patience: PATIENCE,
         }
     }
 
@@ -562,6 +562,14 @@ mod tests {
             ("[s3]\nendpoint = 'http://host/?a=b'", &["s3.endpoint"]),
             ("[s3]\nendpoint = 'http://host/#a'", &["s3.endpoint"]),
             ("[s3]\nregion = ''", &["s3.region"]),
+            (
+                "[[access.deny]]\nsource = 'org/secret'",
+                &["access.deny", "`org/secret`", "hf://"],
+            ),
+            (
+                "[[access.allow]]\nsource = 's3://models/'",
+                &["access.allow", "`s3://models/*`"],
+            ),
             ("[log]\nformat = 'xml'", &["xml"]),
             ("[metrics]\nlisten = '9100'", &["line 2", "socket address"]),
             ("[[prefetch]]\nmodel = 'org/model'", &["hf://org/model"]),

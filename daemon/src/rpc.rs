@@ -335,8 +335,9 @@ impl Control for ControlService {
     ) -> Result<Response<Self::AcquireStream>, Status> {
         use wire::acquire_event::Event;
         let mut request = request.into_inner();
+        let given = convert::Given::take(&mut request);
         let (model, patterns) = parse(request.model.take())?;
-        let request = convert::volume_request(request, model, patterns)?;
+        let request = convert::volume_request(request, model, patterns, given)?;
         let (events, stream) = mpsc::channel(EVENTS);
         let engine = Arc::clone(&self.0);
         tokio::spawn(async move {

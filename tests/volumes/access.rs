@@ -3,8 +3,6 @@
 use std::time::Duration;
 
 use tonic::Code;
-use weightd_core::digest::Digest;
-use weightd_standin::s3::{PutOptions, S3Config, S3Server};
 use weightd_standin::{Fault, Gated, HubConfig, Origin, Repo};
 
 use crate::node::{Ask, Node, contents, files, tree};
@@ -150,6 +148,47 @@ async fn while_the_hub_is_away_what_it_said_before_holds_and_nothing_else() {
 }
 
 #[tokio::test]
+async fn a_right_that_the_hub_has_ended_does_not_come_back_when_it_is_away() {
+    let mut node = Node::new(HubConfig::default().token(TOKEN).token("hf_another"));
+    let repo = Repo::new("org/private").private();
+    node.hub
+        .add_repo(repo.clone().grant(TOKEN).commit("main", files(7)));
+    node.config = "[access]\nremember = '1ms'\n".to_owned();
+    node.start().await;
+    let ask = |pod| Ask::model(pod, PRIVATE).secret("hf-token", TOKEN);
+    node.mounts(&ask("pod-1")).await;
+    node.hub.remove_repo("org/private");
+    node.hub
+        .add_repo(repo.grant("hf_another").commit("main", files(7)));
+    // What the branch stood for is known for a moment: its commit is asked for, and refused.
+    node.publish(&ask("pod-2")).await.expect_err("mounted");
+    // Longer than a no is remembered.
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    node.hub.fault(Fault::status(503).on(Origin::Hub).forever());
+
+    let status = node.publish(&ask("pod-3")).await.expect_err("mounted");
+
+    assert_eq!(status.code(), Code::Unavailable, "{status}");
+}
+
+#[tokio::test]
+async fn a_hundred_pods_of_a_model_that_is_here_cost_the_hub_one_answer() {
+    let node = Node::running().await;
+    node.weightctl(&["prefetch", "hf://org/model"]);
+    node.hub.clear_requests();
+    let asks = (0..100).map(|number| Ask::model(&format!("pod-{number}"), "hf://org/model"));
+    let asks: Vec<_> = asks.collect();
+
+    let published = futures::future::join_all(asks.iter().map(|ask| node.publish(ask))).await;
+
+    for published in published {
+        published.expect("mounted");
+    }
+    let asked = node.hub.requests().len();
+    assert!(asked <= 5, "{asked} requests");
+}
+
+#[tokio::test]
 async fn the_policy_says_which_namespace_may_use_which_model() {
     let mut node = Node::new(HubConfig::default());
     node.config = "[[access.allow]]\nsource = 'hf://org/*'\nnamespace = 'team-*'\n\
@@ -182,38 +221,4 @@ async fn the_policy_says_which_namespace_may_use_which_model() {
         .await
         .expect_err("mounted");
     assert_eq!(status.code(), Code::InvalidArgument, "{status}");
-}
-
-#[tokio::test]
-async fn naming_a_digest_gives_nobody_the_bytes() {
-    let s3 = S3Server::spawn_thread(S3Config::default()).expect("an S3 server");
-    s3.create_bucket("tenant-b");
-    let mut node = Node::new(HubConfig::default().token(TOKEN));
-    let repo = Repo::new("org/private").private().grant(TOKEN);
-    node.hub.add_repo(repo.commit("main", files(7)));
-    let environment = [
-        ("AWS_ENDPOINT_URL_S3", s3.endpoint()),
-        ("AWS_ACCESS_KEY_ID", s3.access_key().to_owned()),
-        ("AWS_SECRET_ACCESS_KEY", s3.secret_key().to_owned()),
-        ("AWS_REGION", "us-east-1".to_owned()),
-    ];
-    node.environment = environment
-        .map(|(key, value)| (key.to_owned(), value))
-        .to_vec();
-    node.start().await;
-    node.mounts(&Ask::model("pod-1", PRIVATE).secret("hf-token", TOKEN))
-        .await;
-    let secret = contents(7)
-        .into_iter()
-        .find(|(path, _)| path.ends_with(".safetensors"));
-    let (_, secret) = secret.expect("a shard");
-    let claim = PutOptions::default().meta("sha256", &Digest::of(&secret).to_string());
-    let fake = vec![0_u8; secret.len()];
-    s3.put("tenant-b", "m/model.safetensors", fake, claim);
-
-    let status = node.publish(&Ask::model("pod-2", "s3://tenant-b/m")).await;
-
-    let status = status.expect_err("a digest was taken for a right");
-    assert_eq!(status.code(), Code::DataLoss, "{status}");
-    assert!(node.mounted().iter().all(|line| !line.contains("pod-2")));
 }

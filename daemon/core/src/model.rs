@@ -97,6 +97,15 @@ impl ModelRef {
             ..self.clone()
         }
     }
+
+    /// The same model, at no revision in particular.
+    #[must_use]
+    pub fn without_revision(&self) -> Self {
+        Self {
+            revision: None,
+            ..self.clone()
+        }
+    }
 }
 
 impl FromStr for ModelRef {
@@ -216,14 +225,20 @@ fn parse_s3(rest: &str) -> Parsed {
 
 fn parse_file(rest: &str) -> Parsed {
     let (name, revision) = split_content_revision(rest)?;
-    let trimmed = name.trim_end_matches('/');
-    if !name.starts_with('/') || trimmed.is_empty() {
+    let parts = name.split('/').filter(|part| !matches!(*part, "" | "."));
+    // One spelling only: rules and rights go by the name.
+    let path: String = parts.flat_map(|part| ["/", part]).collect();
+    if !name.starts_with('/') || path.is_empty() {
         return Err("a directory is named by its absolute path, file:///path/to/model".to_owned());
     }
-    if trimmed.split('/').any(|part| part == "..") || trimmed.contains('\0') {
+    if path.split('/').any(|part| part == "..") || path.contains('\0') {
         return Err("the path must not hold `..`".to_owned());
     }
-    Ok((Scheme::File, trimmed.to_owned(), revision))
+    // Source: PATH_MAX of Linux.
+    if path.len() > 4096 {
+        return Err("the path is longer than 4096 bytes".to_owned());
+    }
+    Ok((Scheme::File, path, revision))
 }
 
 impl fmt::Display for ModelRef {
@@ -607,6 +622,10 @@ mod tests {
         }
         let slash: ModelRef = "s3://bucket/a/".parse().unwrap();
         assert_eq!(slash, "s3://bucket/a".parse().unwrap());
+        for text in ["file:////a//b/", "file:///a/./b", "file:///./a/b/."] {
+            let model: ModelRef = text.parse().expect(text);
+            assert_eq!(model.to_string(), "file:///a/b");
+        }
         let pinned: ModelRef = format!("hf://org/model@{commit}").parse().unwrap();
         assert_eq!(pinned.pinned().unwrap().as_str(), commit);
         assert_eq!(

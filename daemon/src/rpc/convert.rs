@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use secrecy::SecretString;
+use secrecy::zeroize::Zeroizing;
 use tonic::Status;
 use weightd_core::fetch::{Fetched, Phase, Plan, Progress};
 use weightd_core::model::{ModelRef, Patterns};
@@ -155,6 +156,7 @@ pub(super) fn volume_request(
     request: wire::AcquireRequest,
     model: ModelRef,
     patterns: Patterns,
+    given: Given,
 ) -> Result<VolumeRequest, Status> {
     let layout = match request.layout() {
         wire::acquire_request::Layout::Unspecified | wire::acquire_request::Layout::Flat => {
@@ -170,31 +172,55 @@ pub(super) fn volume_request(
         at_once: request.at_once,
         requester: Requester {
             namespace: request.namespace,
-            credentials: credentials(request.credentials.unwrap_or_default())?,
+            credentials: given.credentials()?,
         },
     })
 }
 
-fn credentials(given: wire::Credentials) -> Result<Credentials, Status> {
-    let secret = |text: String| (!text.is_empty()).then(|| SecretString::from(text));
-    let (id, key) = (given.aws_access_key_id, secret(given.aws_secret_access_key));
-    let s3 = match (id.is_empty(), key) {
-        (true, None) => None,
-        (false, Some(secret_access_key)) => Some(S3Keys {
-            access_key_id: id,
-            secret_access_key,
-            session_token: secret(given.aws_session_token),
-        }),
-        _ => {
-            return Err(Status::invalid_argument(
-                "aws-access-key-id and aws-secret-access-key go together",
-            ));
+/// Credentials as they came, in memory that is wiped however the request ends. Taken out of it first, for
+/// nothing else of the request wipes them when it is refused.
+pub(super) struct Given {
+    hf_token: Option<SecretString>,
+    access_key_id: String,
+    secret_access_key: Option<SecretString>,
+    session_token: Option<SecretString>,
+}
+
+impl Given {
+    pub(super) fn take(request: &mut wire::AcquireRequest) -> Self {
+        let wire = request.credentials.take().unwrap_or_default();
+        let secret = |text: String| {
+            let text = Zeroizing::new(text);
+            // From a borrowed text: one that is handed over may be moved to shrink it.
+            (!text.is_empty()).then(|| SecretString::from(text.as_str()))
+        };
+        Self {
+            hf_token: secret(wire.hf_token),
+            access_key_id: wire.aws_access_key_id,
+            secret_access_key: secret(wire.aws_secret_access_key),
+            session_token: secret(wire.aws_session_token),
         }
-    };
-    Ok(Credentials {
-        hf_token: secret(given.hf_token),
-        s3,
-    })
+    }
+
+    fn credentials(self) -> Result<Credentials, Status> {
+        let s3 = match (self.access_key_id.is_empty(), self.secret_access_key) {
+            (true, None) => None,
+            (false, Some(secret_access_key)) => Some(S3Keys {
+                access_key_id: self.access_key_id,
+                secret_access_key,
+                session_token: self.session_token,
+            }),
+            _ => {
+                return Err(Status::invalid_argument(
+                    "aws-access-key-id and aws-secret-access-key go together",
+                ));
+            }
+        };
+        Ok(Credentials {
+            hf_token: self.hf_token,
+            s3,
+        })
+    }
 }
 
 pub(super) fn acquired(acquired: &Acquired) -> wire::Acquired {

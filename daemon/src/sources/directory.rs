@@ -57,6 +57,25 @@ impl DirectorySource {
         }
     }
 
+    /// Establishes that this process may read below the directory. Whatever revision is asked for, the files
+    /// were the node's own.
+    ///
+    /// # Errors
+    ///
+    /// [`SourceError::Denied`] if it does not lie below an allowed root.
+    pub async fn authorise(&self) -> Result<(), SourceError> {
+        let place = Arc::clone(&self.place);
+        blocking::run(move || {
+            place.allow_name()?;
+            // A directory that is gone leads nowhere, and its name was allowed.
+            match place.root.canonicalize() {
+                Ok(real) => place.allow(&real),
+                Err(_) => Ok(()),
+            }
+        })
+        .await
+    }
+
     fn listed(&self) -> std::sync::MutexGuard<'_, Vec<Found>> {
         let lock = self.listed.lock();
         lock.unwrap_or_else(std::sync::PoisonError::into_inner)

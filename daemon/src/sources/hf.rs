@@ -26,6 +26,7 @@ mod tests;
 
 use std::fmt;
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 
 use futures::future::{BoxFuture, FutureExt};
@@ -68,6 +69,32 @@ impl HfSource {
             Some(file) => content::probe(&self.hub, revision, &file.path).await,
             None => Ok(()),
         }
+    }
+
+    /// What the Hub calls the repository, if that is another name than the one that was resolved: it redirects
+    /// from the names that a repository had before.
+    ///
+    /// # Errors
+    ///
+    /// [`SourceError::Invalid`] if that is no name.
+    pub fn renamed(&self) -> Result<Option<ModelRef>, SourceError> {
+        let canonical = self.hub.canonical.get();
+        let other = |name: &&String| !name.eq_ignore_ascii_case(self.hub.model.name());
+        let model = canonical.filter(other).map(|name| {
+            let parsed = format!("hf://{name}").parse::<ModelRef>();
+            parsed.map_err(|error| {
+                let host = self.hub.host();
+                self.hub
+                    .nonsense(format!("{host} calls it otherwise: {error}"))
+            })
+        });
+        model.transpose()
+    }
+
+    /// Whether the Hub gave an answer to any request so far.
+    #[must_use]
+    pub fn has_answered(&self) -> bool {
+        self.hub.answered.load(Ordering::Relaxed)
     }
 
     async fn listing(

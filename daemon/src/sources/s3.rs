@@ -25,18 +25,19 @@ mod tests;
 use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use futures::StreamExt;
 use futures::future::{BoxFuture, FutureExt};
 use futures::stream::{self, TryStreamExt};
 use weightd_core::model::{ModelRef, Patterns, RelPath, Revision};
-use weightd_core::source::{ByteStream, Listing, RemoteFile, Source, SourceError, select};
+use weightd_core::source::{ByteStream, LeftOut, Listing, RemoteFile, Source, SourceError, select};
 
 use bucket::Bucket;
 pub use client::{S3ClientError, S3Clients};
 pub use config::{S3Config, S3Identity, S3Keys};
-use listing::Objects;
+use listing::{Listed, Objects};
 use object::Object;
 
 /// Objects that are looked at at once.
@@ -47,6 +48,9 @@ pub struct S3Source {
     bucket: Bucket,
     state: Mutex<State>,
 }
+
+/// The objects that patterns choose, with path and size.
+type Chosen = Vec<(RelPath, u64, Listed)>;
 
 /// What was learnt so far.
 #[derive(Default)]
@@ -86,17 +90,85 @@ impl S3Source {
 
     async fn revision(&self) -> Result<Revision, SourceError> {
         let now = self.list_anew().await?.revision.clone();
-        let model = &self.bucket.model;
-        match model.pinned() {
-            Some(asked) if asked != now => Err(SourceError::NotFound {
-                what: model.to_string(),
-                detail: format!("the prefix has changed since, and is now at {now}"),
-                hint: Some(format!(
-                    "to take it as it is now, ask for {}",
-                    model.at(&now)
-                )),
-            }),
+        match self.bucket.model.pinned() {
+            Some(asked) if asked != now => Err(self.moved(&asked, &now)),
             _ => Ok(now),
+        }
+    }
+
+    /// The listing at `revision`, if the prefix is still there.
+    async fn listing_at(&self, revision: &Revision) -> Result<Arc<Objects>, SourceError> {
+        let known = self.state().listing.clone();
+        let objects = match known {
+            Some(objects) if objects.revision == *revision => objects,
+            _ => self.list_anew().await?,
+        };
+        match objects.revision == *revision {
+            true => Ok(objects),
+            false => Err(self.moved(revision, &objects.revision)),
+        }
+    }
+
+    /// Why there is nothing at `asked` when the prefix is at `now`.
+    fn moved(&self, asked: &Revision, now: &Revision) -> SourceError {
+        let model = &self.bucket.model;
+        if model.pinned().as_ref() != Some(asked) {
+            return SourceError::Changed {
+                what: model.to_string(),
+                detail: format!("it is now at {now}"),
+            };
+        }
+        // To list anew would bring the same: the name itself says which revision.
+        SourceError::NotFound {
+            what: model.to_string(),
+            detail: format!("the prefix has changed since, and is now at {now}"),
+            hint: Some(format!(
+                "to take it as it is now, ask for {}",
+                model.at(now)
+            )),
+        }
+    }
+
+    fn choose(
+        &self,
+        objects: &Objects,
+        patterns: &Patterns,
+    ) -> Result<(Chosen, LeftOut), SourceError> {
+        let all = objects.all.iter().cloned();
+        let all = all.map(|object| (object.path.clone(), object.size, object));
+        select(&self.bucket.model, all.collect(), patterns)
+    }
+
+    /// Proves that who asks may read the bytes of every file that `patterns` choose at `revision`: that they
+    /// are listed, and what their headers say, anyone may know who cannot decrypt them.
+    ///
+    /// # Errors
+    ///
+    /// As [`Source::list`].
+    pub async fn authorise(
+        &self,
+        revision: &Revision,
+        patterns: &Patterns,
+    ) -> Result<(), SourceError> {
+        let objects = self.listing_at(revision).await?;
+        let (chosen, _) = self.choose(&objects, patterns)?;
+        let tastes = chosen.into_iter().map(|(_, _, listed)| async move {
+            let tasted = object::taste(&self.bucket, &listed).await;
+            tasted.inspect_err(|error| self.forget_if_changed(error))
+        });
+        let tastes = stream::iter(tastes).buffer_unordered(LOOKS);
+        tastes.try_collect::<()>().await
+    }
+
+    /// Whether S3 gave an answer to any question so far.
+    #[must_use]
+    pub fn has_answered(&self) -> bool {
+        self.bucket.answered.load(Ordering::Relaxed)
+    }
+
+    fn forget_if_changed(&self, error: &SourceError) {
+        if matches!(error, SourceError::Changed { .. }) {
+            self.state().listing = None;
         }
     }
 
@@ -105,36 +177,22 @@ impl S3Source {
         revision: &Revision,
         patterns: &Patterns,
     ) -> Result<Listing, SourceError> {
-        let known = self.state().listing.clone();
-        let objects = match known {
-            Some(objects) if objects.revision == *revision => objects,
-            _ => self.list_anew().await?,
-        };
-        if objects.revision != *revision {
-            return Err(SourceError::Changed {
-                what: self.bucket.model.to_string(),
-                detail: format!("it is now at {}", objects.revision),
-            });
-        }
-        let all = objects.all.iter().cloned();
-        let all = all.map(|object| (object.path.clone(), object.size, object));
-        let (chosen, left_out) = select(&self.bucket.model, all.collect(), patterns)?;
+        let objects = self.listing_at(revision).await?;
+        let (chosen, left_out) = self.choose(&objects, patterns)?;
         let looks = chosen.into_iter().map(|(path, _, listed)| async move {
             let object = object::look(&self.bucket, &listed).await?;
             Ok((path, listed.size, Arc::new(object)))
         });
         let looked: Result<Vec<_>, SourceError> =
             stream::iter(looks).buffered(LOOKS).try_collect().await;
-        let looked = looked.inspect_err(|error| {
-            if matches!(error, SourceError::Changed { .. }) {
-                self.state().listing = None;
-            }
-        })?;
+        let looked = looked.inspect_err(|error| self.forget_if_changed(error))?;
         let files = looked.iter().map(|(path, size, object)| RemoteFile {
             path: path.clone(),
             size: *size,
             claims: object.claims,
-            vouched: object.checked_by_s3 || self.bucket.config.believe_metadata,
+            // An uploader's word (`x-amz-meta-sha256`) is checked, and opens nothing: the owner of one bucket
+            // could have written the digest of another's model.
+            vouched: object.checked_by_s3,
             identity: object.identity.clone(),
             xet_hash: None,
         });

@@ -1,11 +1,13 @@
 //! One repository at one Hub, asked with one token: addresses, requests, and their repetition.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use reqwest::{Method, Response, StatusCode};
+use secrecy::zeroize::Zeroizing;
 use secrecy::{ExposeSecret, SecretString};
 use tokio::time::timeout;
 use url::Url;
@@ -30,6 +32,9 @@ const BODY_BYTES: usize = 64 << 20;
 /// The longest wait within a read, which holds a connection that all fetches share: a longer one is the
 /// caller's, who gives the connection back first.
 const READ_WAIT: Duration = Duration::from_secs(2);
+
+/// What stands before the token in its header.
+const SCHEME: &str = "Bearer ";
 
 /// How a request is asked for.
 #[derive(Debug, Clone, Copy)]
@@ -67,15 +72,22 @@ pub(super) struct Hub {
     config: HfConfig,
     limiter: Arc<Limiter>,
     authorization: Option<HeaderValue>,
+    /// A request was answered, whatever the answer, unless that was to ask later.
+    pub(super) answered: AtomicBool,
+    /// What the Hub calls the repository, as far as it was asked.
+    pub(super) canonical: OnceLock<String>,
 }
 
 impl Hub {
     pub(super) fn new(clients: Arc<HfClients>, config: HfConfig, model: ModelRef) -> Self {
         let limiter = clients.limiter(config.endpoint(), config.token());
         let authorization = config.token().map(|token| {
-            let text = format!("Bearer {}", token.expose_secret());
+            let token = token.expose_secret();
+            let mut text = Zeroizing::new(String::with_capacity(SCHEME.len() + token.len()));
+            text.push_str(SCHEME);
+            text.push_str(token);
             let mut value =
-                HeaderValue::try_from(text).expect("HfConfig refused what no header can carry");
+                HeaderValue::from_str(&text).expect("HfConfig refused what no header can carry");
             value.set_sensitive(true);
             value
         });
@@ -85,6 +97,8 @@ impl Hub {
             config,
             limiter,
             authorization,
+            answered: AtomicBool::new(false),
+            canonical: OnceLock::new(),
         }
     }
 
@@ -202,7 +216,9 @@ impl Hub {
                         continue;
                     }
                     let answer = Answer::of(&response);
-                    if !passing(answer.status) || answer.status == StatusCode::TOO_MANY_REQUESTS {
+                    let limited = answer.status == StatusCode::TOO_MANY_REQUESTS;
+                    if !passing(answer.status) || limited {
+                        self.answered.fetch_or(!limited, Ordering::Relaxed);
                         return Ok(response);
                     }
                     refusal(self, &self.model.to_string(), &answer)

@@ -1,6 +1,7 @@
 //! Which commit a branch, tag or PR ref stands for: the one question that the `hf-hub` crate answers.
 
 use std::error::Error;
+use std::sync::atomic::Ordering;
 
 use hf_hub::{HFClient, HFError, split_id};
 use secrecy::ExposeSecret;
@@ -35,7 +36,11 @@ pub(super) async fn revision(hub: &Hub) -> Result<Revision, SourceError> {
         let properties = PROPERTIES.map(str::to_owned).to_vec();
         let info = model.info().revision(asked).expand(properties).send();
         let error = match timeout(timing.header + timing.body, info).await {
-            Ok(Ok(info)) => return checked(hub, info.sha),
+            Ok(Ok(info)) => {
+                hub.answered.store(true, Ordering::Relaxed);
+                hub.canonical.get_or_init(|| info.id);
+                return checked(hub, info.sha);
+            }
             Ok(Err(HFError::RateLimited { retry_after, .. })) if refusals < timing.refusals => {
                 refusals += 1;
                 match retry_after {

@@ -1,6 +1,7 @@
 //! One model's place in S3, and how it is asked: in its region, signed if there is somebody to sign.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use aws_sdk_s3::config::http::HttpResponse;
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
@@ -40,6 +41,8 @@ pub(super) struct Bucket {
     pub(super) name: String,
     /// Ends in a slash, or is empty for the whole bucket.
     pub(super) prefix: String,
+    /// A request was answered as it was hoped.
+    pub(super) answered: AtomicBool,
     connection: Mutex<Option<Arc<Connection>>>,
 }
 
@@ -56,6 +59,7 @@ impl Bucket {
             name: name.to_owned(),
             prefix,
             model,
+            answered: AtomicBool::new(false),
             connection: Mutex::new(None),
         }
     }
@@ -98,6 +102,7 @@ impl Bucket {
             let connection = self.connection().await?;
             let error = match ask(Arc::clone(&connection)).await {
                 Ok(answer) => {
+                    self.answered.store(true, Ordering::Relaxed);
                     self.clients.note_success(connection.signer);
                     return Ok(answer);
                 }

@@ -7,7 +7,7 @@ use url::Url;
 
 /// Where S3 is and who asks. The default is what the AWS SDK finds in the environment, the profile
 /// and the instance.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct S3Config {
     /// The server, if it is not the one that `AWS_ENDPOINT_URL_S3`, `AWS_ENDPOINT_URL` or the profile
     /// names, or AWS itself.
@@ -18,21 +18,6 @@ pub struct S3Config {
     pub identity: S3Identity,
     /// Buckets that are read without credentials, whatever `identity` is.
     pub unsigned_buckets: Vec<String>,
-    /// Whether an uploader's word (`x-amz-meta-sha256`) is enough to reuse bytes that are here. It is for
-    /// an operator; a pod that names a bucket of its own could have written the digest of another's model.
-    pub believe_metadata: bool,
-}
-
-impl Default for S3Config {
-    fn default() -> Self {
-        Self {
-            endpoint: None,
-            region: None,
-            identity: S3Identity::default(),
-            unsigned_buckets: Vec::new(),
-            believe_metadata: true,
-        }
-    }
 }
 
 /// Who asks S3.
