@@ -2,6 +2,8 @@
 
 #[path = "volumes/access.rs"]
 mod access;
+#[path = "volumes/filling.rs"]
+mod filling;
 #[path = "volumes/mounts.rs"]
 mod mounts;
 #[path = "volumes/node.rs"]

@@ -52,6 +52,7 @@ pub(super) fn of_acquire(error: &AcquireError) -> Status {
         AcquireError::Fetch(error) => return of_fetch(error),
         AcquireError::Store { source, .. } => store_code(source),
         AcquireError::Evicted { .. } => Code::ResourceExhausted,
+        AcquireError::Others { .. } | AcquireError::Released { .. } => Code::Aborted,
         AcquireError::Layout { .. } => Code::InvalidArgument,
     };
     status(code, error, error.hint())

@@ -425,7 +425,7 @@ impl Store {
                     fs::remove_dir_all(&path).at("delete", &path)?;
                     swept.trees += 1;
                 }
-                Some("gone") if path.is_dir() => fs::remove_dir_all(&path).at("delete", &path)?,
+                Some("gone") if path.is_dir() => delete_gone(&path)?,
                 Some("gone" | "probe") => remove_if_there(&path)?,
                 Some("room") => swept.bytes += remove_unlocked(&path, bytes)?.unwrap_or(0),
                 Some("part") => self.sweep_part(&path, partial, &mut swept)?,
@@ -540,6 +540,22 @@ pub(super) fn look(path: &Path) -> Result<Option<fs::Metadata>, StoreError> {
         Ok(metadata) => Ok(Some(metadata)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error).at("look at", path),
+    }
+}
+
+/// Deletes a directory that was moved away. Whoever moved it and a collection may both be at it: what one
+/// finds gone, the other has deleted.
+pub(super) fn delete_gone(path: &Path) -> Result<(), StoreError> {
+    loop {
+        match fs::remove_dir_all(path) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                if look(path)?.is_none() {
+                    return Ok(());
+                }
+            }
+            Err(error) => return Err(error).at("delete", path),
+        }
     }
 }
 

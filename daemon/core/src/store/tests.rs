@@ -18,6 +18,7 @@ use crate::source::RemoteFile;
 mod damage;
 mod sealing;
 mod space;
+mod volumes;
 
 fn store() -> (tempfile::TempDir, Arc<Store>) {
     let dir = tempfile::tempdir().unwrap();
