@@ -270,3 +270,27 @@ async fn a_release_ends_calls_that_began_before_it() {
     assert!(node.pins().is_empty(), "{:?}", node.pins());
     acquire(&node, request(MODEL, "csi/h")).await;
 }
+
+#[tokio::test]
+async fn a_long_name_is_its_askers_own_error() {
+    let node = stalled(HubConfig::default()).await;
+    let mut control = node.control().await.expect("the daemon");
+    // The plugin has one connection for all pods.
+    let slow = control.acquire(request(MODEL, "csi/slow")).await;
+    let mut slow = slow.expect("asked").into_inner();
+    for name in ["\u{e4}".repeat(200_000), "a b".repeat(10_000)] {
+        let model = format!("hf://org/{name}");
+
+        let answer = ask(&mut control, request(&model, "csi/long")).await;
+
+        let status = answer.expect_err("that is no name");
+        assert_eq!(status.code(), Code::InvalidArgument, "{status}");
+        assert!(status.message().contains("letters, digits"), "{status}");
+    }
+    node.hub.clear_faults();
+    let mut done = false;
+    while let Some(event) = slow.message().await.expect("the connection lives") {
+        done = matches!(event.event, Some(Event::Done(_)));
+    }
+    assert!(done, "it ended without an answer");
+}
