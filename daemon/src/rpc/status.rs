@@ -99,7 +99,7 @@ fn source_code(error: &SourceError) -> Code {
 
 fn store_code(error: &StoreError) -> Code {
     match error {
-        _ if error.is_no_space() => Code::ResourceExhausted,
+        _ if error.is_no_space() || error.is_too_many_links() => Code::ResourceExhausted,
         StoreError::NoSpace { .. } => Code::ResourceExhausted,
         StoreError::Missing(_) => Code::NotFound,
         StoreError::Held { .. } => Code::FailedPrecondition,
@@ -155,6 +155,12 @@ mod tests {
             available: 1,
         };
         assert_eq!(of_store(&full).code(), Code::ResourceExhausted);
+        let links = StoreError::Io {
+            op: "link",
+            path: "/x".into(),
+            source: std::io::ErrorKind::TooManyLinks.into(),
+        };
+        assert_eq!(of_store(&links).code(), Code::ResourceExhausted);
         let aside = StoreError::SetAside(RelPath::new("a").unwrap());
         assert_eq!(of_store(&aside).code(), Code::Aborted);
     }

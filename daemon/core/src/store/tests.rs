@@ -468,6 +468,11 @@ fn every_error_with_a_remedy_says_it() {
             path: path.clone(),
             source: source(),
         },
+        StoreError::Io {
+            op: "link",
+            path: path.clone(),
+            source: io::Error::from_raw_os_error(nix::libc::EMLINK),
+        },
         StoreError::NotAStore { path },
     ] {
         assert!(error.hint().is_some_and(|hint| !hint.is_empty()), "{error}");
