@@ -233,10 +233,17 @@ impl Volumes {
             if own {
                 path = store.open_volume(&holder, &record)?;
                 store.complete_volume(&holder, &id)?;
+            } else {
+                // Of an earlier call, which was never mounted: nobody is to fill it.
+                store.remove_volume(&holder)?;
             }
             Ok(Some((path, manifest.model)))
         });
-        Ok(held.await?.map(|((path, model), untold)| Acquired {
+        let Some(((path, model), untold)) = held.await? else {
+            return Ok(None);
+        };
+        self.stop_filling(&request.holder);
+        Ok(Some(Acquired {
             path,
             model,
             snapshot: id,

@@ -10,7 +10,7 @@ use tonic::{Code, Status};
 use weightd_proto::weightd::v1 as wire;
 use weightd_proto::weightd::v1::acquire_event::Event;
 use weightd_proto::weightd::v1::control_client::ControlClient;
-use weightd_standin::{Fault, FaultKind, Gated, HubConfig, Origin, Repo};
+use weightd_standin::{Fault, FaultKind, Files, Gated, HubConfig, Origin, Repo};
 
 use crate::node::{Node, contents, files, tree};
 
@@ -108,6 +108,29 @@ async fn a_volume_that_is_asked_for_again_with_another_model_shows_that_one_only
     let pins = fs::read_dir(node.root().join("pins/csi/h")).expect("pins");
     let pins: Vec<_> = pins.map(|pin| pin.expect("a pin").file_name()).collect();
     assert_eq!(pins, [second.snapshot.as_str()]);
+}
+
+#[tokio::test]
+async fn a_volume_that_is_asked_for_again_in_the_other_mode_is_no_longer_filled() {
+    let mut node = stalled(HubConfig::default()).await;
+    node.hub
+        .add_repo(Repo::new("org/other").commit("main", Files::new().file("config.json", "{}")));
+    let first = acquire(&node, at_once(MODEL, "")).await;
+    first_shard(&node, Path::new(&first.path)).await;
+
+    let second = acquire(&node, request("hf://org/other", "csi/h")).await;
+
+    assert_eq!(node.pins(), ["pins/csi/h"]);
+    let pins = fs::read_dir(node.root().join("pins/csi/h")).expect("pins");
+    let pins: Vec<_> = pins.map(|pin| pin.expect("a pin").file_name()).collect();
+    assert_eq!(pins, [second.snapshot.as_str()]);
+    node.kill_daemon();
+    node.start_daemon().await;
+    assert!(
+        !node.logs().contains("resuming a volume"),
+        "{}",
+        node.logs()
+    );
 }
 
 #[tokio::test]

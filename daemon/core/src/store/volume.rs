@@ -80,8 +80,8 @@ pub struct Volume {
 const MARKS: &str = ".weightd";
 
 impl Store {
-    /// Pins a published snapshot for `holder` and marks it as used; returns what it holds and where its
-    /// tree is. `None` if it is not here.
+    /// Pins a published snapshot for `holder`, and no other, and marks it as used; returns what it holds and
+    /// where its tree is. `None` if it is not here.
     ///
     /// # Errors
     ///
@@ -98,7 +98,7 @@ impl Store {
         let Some((manifest, _)) = self.published(id)? else {
             return Ok(None);
         };
-        self.write_pin(id, holder)?;
+        self.pin_only(id, holder)?;
         self.touch(asked, revision, id)?;
         Ok(Some((manifest, self.snapshot_dir(id).join("tree"))))
     }
@@ -121,12 +121,7 @@ impl Store {
             self.remove_volume(holder)?;
         }
         let _shared = self.lock_shared()?;
-        self.write_pin(&id, holder)?;
-        for other in self.pinned_by(holder)? {
-            if other != id {
-                self.unpin(&other, holder)?;
-            }
-        }
+        self.pin_only(&id, holder)?;
         let marks = dir.join("tree").join(MARKS);
         make_dirs(&marks).at("create", &marks)?;
         fault::point("volume.created");
@@ -289,8 +284,24 @@ impl Store {
         Ok(())
     }
 
+    /// Writes the pin, and takes away those of what the holder asked for before. The caller holds the
+    /// store's lock.
+    fn pin_only(&self, id: &SnapshotId, holder: &Holder) -> Result<(), StoreError> {
+        self.write_pin(id, holder)?;
+        for other in self.pinned_by(holder)? {
+            if other != *id {
+                self.unpin(&other, holder)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Deletes the directory of a volume, if it has one. It must not be mounted.
-    pub(super) fn remove_volume(&self, holder: &Holder) -> Result<(), StoreError> {
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Io`].
+    pub fn remove_volume(&self, holder: &Holder) -> Result<(), StoreError> {
         let dir = self.volume_dir(holder);
         let Some(lock) = lock_dir(&dir)? else {
             return Ok(());
