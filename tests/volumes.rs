@@ -8,6 +8,8 @@ mod annotations;
 mod api;
 #[path = "volumes/buckets.rs"]
 mod buckets;
+#[path = "volumes/filling.rs"]
+mod filling;
 #[path = "volumes/mounts.rs"]
 mod mounts;
 #[path = "volumes/node.rs"]

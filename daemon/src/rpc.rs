@@ -347,20 +347,24 @@ impl Control for ControlService {
                 let _ = events.try_send(Ok(wire::AcquireEvent { event: Some(event) }));
             };
             let acquired = tokio::select! {
-                // A client that left holds nothing: its next call begins anew.
+                biased;
+                // What a client that left was given is taken back: its next call begins anew.
                 () = events.closed() => return,
                 acquired = engine.volumes.acquire(&request, &mut report) => acquired,
             };
-            let last = acquired.map_err(|error| of_acquire(&error));
-            engine.metrics.acquired(match &last {
+            let acquired = acquired.map_err(|error| of_acquire(&error));
+            engine.metrics.acquired(match &acquired {
                 Ok(_) => "ok",
                 Err(status) if status.code() == Code::PermissionDenied => "denied",
                 Err(_) => "failed",
             });
-            let last = last.map(|acquired| wire::AcquireEvent {
-                event: Some(Event::Done(convert::acquired(&acquired))),
+            let last = acquired.as_ref().map(|acquired| wire::AcquireEvent {
+                event: Some(Event::Done(convert::acquired(acquired))),
             });
-            let _ = events.send(last).await;
+            let sent = events.send(last.map_err(Status::clone)).await;
+            if let (Ok(acquired), Ok(())) = (acquired, sent) {
+                acquired.told();
+            }
         });
         Ok(Response::new(ReceiverStream::new(stream)))
     }
@@ -394,12 +398,9 @@ impl Control for ControlService {
         let holder = holder(&request.holder)?;
         let id = request.snapshot.parse::<SnapshotId>();
         let id = id.map_err(|error| invalid(&error))?;
-        let held = self.on_store(move |store| match store.pin(&id, &holder) {
-            Ok(()) => Ok(true),
-            Err(StoreError::Missing(_)) => Ok(false),
-            Err(error) => Err(error),
-        });
-        Ok(Response::new(wire::HoldResponse { held: held.await? }))
+        let held = self.0.volumes.pin_again(holder, id).await;
+        let held = held.map_err(|error| of_store(&error))?;
+        Ok(Response::new(wire::HoldResponse { held }))
     }
 }
 

@@ -3,25 +3,27 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, Weak};
 
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use weightd_core::blocking;
-use weightd_core::errors::Chain;
 use weightd_core::fetch::{Fetch, FetchError, FetchRequest, Fetched, Fetcher, Progress};
-use weightd_core::model::{ModelRef, Patterns, SnapshotId};
+use weightd_core::model::{ModelRef, Patterns, Revision, SnapshotId};
 use weightd_core::source::SourceError;
 use weightd_core::store::{Holder, Layout, Store, StoreError, Volume, VolumeRecord};
 
 use crate::access::{Access, AccessError, Grant, Requester};
 
-/// How often a snapshot that was fetched may be evicted before its volume could pin it.
-const TURNS: u32 = 5;
+mod fill;
+mod turn;
 
-/// The pauses between tries to complete a volume that is mounted already.
-const PAUSES: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(300));
+use fill::Filler;
+use turn::{Turn, Turns, Untold};
+
+/// How often a snapshot that was fetched may be evicted before its volume could pin it, and how often a
+/// fetch may be joined that others began without the right to it.
+const TURNS: u32 = 5;
 
 /// A pod's volume, as it is asked for.
 #[derive(Debug)]
@@ -40,8 +42,8 @@ pub struct VolumeRequest {
     pub requester: Requester,
 }
 
-/// A directory that its holder may mount.
-#[derive(Debug)]
+/// A directory that its holder may mount. Dropped before [`Acquired::told`], it is released again, unless
+/// the holder had something before.
 pub struct Acquired {
     /// The directory.
     pub path: PathBuf,
@@ -51,6 +53,14 @@ pub struct Acquired {
     pub snapshot: SnapshotId,
     /// All files are there.
     pub complete: bool,
+    untold: Untold,
+}
+
+impl Acquired {
+    /// The client was told of it: it stays until it is released.
+    pub fn told(self) {
+        self.untold.told();
+    }
 }
 
 /// Why a volume cannot be had.
@@ -77,6 +87,21 @@ pub enum AcquireError {
         /// What was asked for.
         model: ModelRef,
     },
+    /// Others asked for it at the same time, and were refused: that is no answer to this requester.
+    #[error("{model} was fetched only for others, again and again, and they may not read it")]
+    Others {
+        /// What was asked for.
+        model: ModelRef,
+        /// What the last of them was told.
+        #[source]
+        source: FetchError,
+    },
+    /// Its holder let go of it meanwhile.
+    #[error("{model} was released while it was acquired")]
+    Released {
+        /// What was asked for.
+        model: ModelRef,
+    },
     /// The layout is for repositories of the Hub only.
     #[error("layout hf-cache is for hf:// models, and {model} is none")]
     Layout {
@@ -96,6 +121,8 @@ impl AcquireError {
             Self::Evicted { .. } => {
                 Some("give the store more room, or mount fewer models at once".to_owned())
             }
+            Self::Others { .. } => Some("nothing to do: it is tried again".to_owned()),
+            Self::Released { .. } => None,
             Self::Layout { .. } => Some("leave `layout` out, or say `flat`".to_owned()),
         }
     }
@@ -107,7 +134,9 @@ pub struct Volumes {
     fetcher: Arc<Fetcher>,
     access: Access,
     /// Who works on volumes that are mounted and not complete.
-    filling: Mutex<HashMap<Holder, CancellationToken>>,
+    filling: Mutex<HashMap<Holder, Filler>>,
+    /// The calls that are under way, by holder.
+    turns: Mutex<HashMap<Holder, Weak<Turns>>>,
     stop: CancellationToken,
     tasks: TaskTracker,
 }
@@ -121,12 +150,14 @@ impl Volumes {
             fetcher,
             access,
             filling: Mutex::default(),
+            turns: Mutex::default(),
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
         })
     }
 
-    /// Gives the holder what it asks for. If the caller leaves, the fetch goes on, and nothing is pinned.
+    /// Gives the holder what it asks for. If the caller leaves, the fetch goes on. What the holder was given
+    /// is released again if this is dropped, or its outcome is before the client was [told](Acquired::told).
     ///
     /// # Errors
     ///
@@ -141,8 +172,13 @@ impl Volumes {
             let model = model.clone();
             return Err(AcquireError::Layout { model });
         }
+        let turn = self.turn(&request.holder).await;
+        let asked = match self.opened(request).await? {
+            Some(revision) => model.at(&revision),
+            None => model.clone(),
+        };
         let access = &self.access;
-        let grant = access.grant(model, patterns, &request.requester).await?;
+        let grant = access.grant(&asked, patterns, &request.requester).await?;
         let record = VolumeRecord {
             model: model.clone(),
             revision: grant.revision.clone(),
@@ -150,37 +186,45 @@ impl Volumes {
             layout: request.layout,
         };
         if request.at_once {
-            return self.open(request, record, grant).await;
+            return self.open(request, &turn, record, grant).await;
         }
         for _ in 0..TURNS {
-            if let Some(acquired) = self.hold(request, &record).await? {
+            if let Some(acquired) = self.hold(request, &turn, &record).await? {
                 return Ok(acquired);
             }
-            let fetch = self.fetch(&record, Some(&grant));
-            let fetch = fetch.map_err(|source| cannot_fetch(&record, source))?;
-            let joined = fetch.joined();
-            match follow(fetch, |now, _| progress(now)).await {
-                // Whoever began it may no longer read it: then it is the turn of this requester's own right.
-                Err(FetchError::Source {
-                    source: SourceError::Denied { .. } | SourceError::NotFound { .. },
-                    ..
-                }) if joined => {}
-                outcome => drop(outcome?),
-            }
+            self.bring(&record, Some(&grant), &mut |now, _| progress(now))
+                .await?;
         }
         let model = model.clone();
         Err(AcquireError::Evicted { model })
     }
 
+    /// The revision that a volume was opened with, if it is asked for at once and again. It may be mounted
+    /// by now: a name that has moved meanwhile must not take the tree away below the mount.
+    async fn opened(&self, request: &VolumeRequest) -> Result<Option<Revision>, AcquireError> {
+        if !request.at_once {
+            return Ok(None);
+        }
+        let holder = request.holder.clone();
+        let opened = self.on_store(&request.model, move |store| store.opened_volume(&holder));
+        let same = opened.await?.filter(|record| {
+            record.model == request.model
+                && record.patterns == request.patterns
+                && record.layout == request.layout
+        });
+        Ok(same.map(|record| record.revision))
+    }
+
     /// Pins the snapshot, if it is here, and says what to mount.
     async fn hold(
-        &self,
+        self: &Arc<Self>,
         request: &VolumeRequest,
+        turn: &Turn,
         record: &VolumeRecord,
     ) -> Result<Option<Acquired>, AcquireError> {
         let (holder, own) = (request.holder.clone(), request.layout != Layout::Flat);
-        let record = record.clone();
-        self.on_store(&request.model, move |store| {
+        let (id, record) = (record.snapshot(), record.clone());
+        let held = self.give(turn, &request.holder, &request.model, move |store| {
             let id = record.snapshot();
             let held = store.hold(&record.model, &record.revision, &id, &holder)?;
             let Some((manifest, mut path)) = held else {
@@ -188,47 +232,84 @@ impl Volumes {
             };
             if own {
                 path = store.open_volume(&holder, &record)?;
-                store.complete_volume(&holder)?;
+                store.complete_volume(&holder, &id)?;
+            } else {
+                // Of an earlier call, which was never mounted: nobody is to fill it.
+                store.remove_volume(&holder)?;
             }
-            Ok(Some(Acquired {
-                path,
-                model: manifest.model,
-                snapshot: id,
-                complete: true,
-            }))
-        })
-        .await
+            Ok(Some((path, manifest.model)))
+        });
+        let Some(((path, model), untold)) = held.await? else {
+            return Ok(None);
+        };
+        self.stop_filling(&request.holder);
+        Ok(Some(Acquired {
+            path,
+            model,
+            snapshot: id,
+            complete: true,
+            untold,
+        }))
     }
 
     /// Makes a tree that can be mounted now, and sees to it that it is filled.
     async fn open(
         self: &Arc<Self>,
         request: &VolumeRequest,
+        turn: &Turn,
         record: VolumeRecord,
         grant: Grant,
     ) -> Result<Acquired, AcquireError> {
         let (holder, opened) = (request.holder.clone(), record.clone());
-        let (path, complete) = self
-            .on_store(&request.model, move |store| {
-                let path = store.open_volume(&holder, &opened)?;
-                let id = opened.snapshot();
-                let held = store.hold(&opened.model, &opened.revision, &id, &holder)?;
-                if held.is_some() {
-                    store.complete_volume(&holder)?;
-                }
-                Ok((path, held.is_some()))
-            })
-            .await?;
+        let given = self.give(turn, &request.holder, &request.model, move |store| {
+            let path = store.open_volume(&holder, &opened)?;
+            let id = opened.snapshot();
+            let held = store.hold(&opened.model, &opened.revision, &id, &holder)?;
+            if held.is_some() {
+                store.complete_volume(&holder, &id)?;
+            }
+            Ok(Some((path, held.is_some())))
+        });
+        let given = given.await?;
+        let ((path, complete), untold) = given.expect("a volume can always be opened");
         let (model, snapshot) = (record.model.at(&record.revision), record.snapshot());
-        if !complete {
-            self.keep_filling(request.holder.clone(), record, Some(grant));
+        match complete {
+            true => self.stop_filling(&request.holder),
+            false => self.keep_filling(request.holder.clone(), record, Some(grant)),
         }
         Ok(Acquired {
             path,
             model,
             snapshot,
             complete,
+            untold,
         })
+    }
+
+    /// Fetches it, with the grant's right if there is one. A fetch that others began, and may not read, is
+    /// no answer: then it is the turn of this right.
+    async fn bring(
+        &self,
+        record: &VolumeRecord,
+        grant: Option<&Grant>,
+        report: &mut (dyn FnMut(&Progress, Option<PathBuf>) + Send),
+    ) -> Result<(), AcquireError> {
+        let mut turns = 1;
+        loop {
+            let fetch = self.fetch(record, grant);
+            let fetch = fetch.map_err(|source| cannot_fetch(record, source))?;
+            let joined = fetch.joined();
+            match follow(fetch, report).await {
+                Err(source) if joined && is_refusal(&source) => {
+                    if turns == TURNS {
+                        let model = record.model.clone();
+                        return Err(AcquireError::Others { model, source });
+                    }
+                    turns += 1;
+                }
+                outcome => return outcome.map(drop).map_err(AcquireError::from),
+            }
+        }
     }
 
     fn fetch(&self, record: &VolumeRecord, grant: Option<&Grant>) -> Result<Fetch, SourceError> {
@@ -245,100 +326,6 @@ impl Volumes {
         })
     }
 
-    /// Fills a mounted volume until it is complete, its holder lets go, or the process ends.
-    fn keep_filling(self: &Arc<Self>, holder: Holder, record: VolumeRecord, grant: Option<Grant>) {
-        let stop = self.stop.child_token();
-        {
-            let mut filling = self.filling();
-            if filling.contains_key(&holder) {
-                return;
-            }
-            filling.insert(holder.clone(), stop.clone());
-        }
-        let volumes = Arc::clone(self);
-        self.tasks.spawn(async move {
-            tokio::select! {
-                () = stop.cancelled() => {}
-                () = volumes.fill(&holder, &record, grant.as_ref()) => {}
-            }
-            // Released and asked for again, the place in the map is another task's.
-            let mut filling = volumes.filling();
-            if !stop.is_cancelled() {
-                filling.remove(&holder);
-            }
-        });
-    }
-
-    async fn fill(&self, holder: &Holder, record: &VolumeRecord, grant: Option<&Grant>) {
-        let mut pause = PAUSES.0;
-        loop {
-            let error = match self.fill_once(holder, record, grant).await {
-                Ok(()) => return,
-                Err(error) => error,
-            };
-            let word = if passes(&error) { "retrying" } else { "failed" };
-            let hint = error.hint().map(|hint| format!(" ({hint})"));
-            let why = format!("{word}: {}{}", Chain(&error), hint.unwrap_or_default());
-            tracing::warn!(%holder, model = %record.model, error = %Chain(&error), pause_s = pause.as_secs(), "volume not complete, trying again later");
-            let told = holder.clone();
-            let explained = self.on_store(&record.model, move |store| {
-                store.explain_volume(&told, &why)
-            });
-            if let Err(error) = explained.await {
-                tracing::warn!(%holder, error = %Chain(&error), "cannot say in the volume why it is not complete");
-            }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(PAUSES.1);
-        }
-    }
-
-    async fn fill_once(
-        &self,
-        holder: &Holder,
-        record: &VolumeRecord,
-        grant: Option<&Grant>,
-    ) -> Result<(), AcquireError> {
-        let fetch = self.fetch(record, grant);
-        let fetch = fetch.map_err(|source| cannot_fetch(record, source))?;
-        let shown = Mutex::new(0);
-        let (store, named) = (Arc::clone(&self.store), holder.clone());
-        follow(fetch, |now, tree| {
-            let mut shown = shown.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(tree) = tree
-                && now.files_done > *shown
-            {
-                *shown = now.files_done;
-                let (store, holder) = (Arc::clone(&store), named.clone());
-                tokio::spawn(blocking::run(move || {
-                    // What is missed here is made up for when the snapshot is published.
-                    if let Err(error) = store.fill_volume(&holder, &tree) {
-                        tracing::debug!(%holder, error = %Chain(&error), "volume not filled yet");
-                    }
-                }));
-            }
-        })
-        .await?;
-        let (holder, done) = (holder.clone(), record.clone());
-        self.on_store(&record.model, move |store| {
-            store.hold(&done.model, &done.revision, &done.snapshot(), &holder)?;
-            store.complete_volume(&holder)
-        })
-        .await
-    }
-
-    /// Lets go of all that the holder holds; returns how many snapshots that were.
-    ///
-    /// # Errors
-    ///
-    /// [`StoreError::Io`].
-    pub async fn release(&self, holder: Holder) -> Result<u32, StoreError> {
-        if let Some(stop) = self.filling().remove(&holder) {
-            stop.cancel();
-        }
-        let store = Arc::clone(&self.store);
-        blocking::run(move || store.release(&holder)).await
-    }
-
     /// What the holders of volumes hold.
     ///
     /// # Errors
@@ -349,31 +336,11 @@ impl Volumes {
         blocking::run(move || store.volumes()).await
     }
 
-    /// Goes on filling the volumes that an earlier process left incomplete, with this process's own
-    /// credentials: those of the pods were never on disk.
-    ///
-    /// # Errors
-    ///
-    /// [`StoreError::Io`].
-    pub async fn resume(self: &Arc<Self>) -> Result<(), StoreError> {
-        for volume in self.list().await? {
-            if let Some(record) = volume.record.filter(|_| !volume.complete) {
-                tracing::info!(holder = %volume.holder, model = %record.model, "resuming a volume");
-                self.keep_filling(volume.holder, record, None);
-            }
-        }
-        Ok(())
-    }
-
     /// Stops filling volumes.
     pub async fn shutdown(&self) {
         self.stop.cancel();
         self.tasks.close();
         self.tasks.wait().await;
-    }
-
-    fn filling(&self) -> std::sync::MutexGuard<'_, HashMap<Holder, CancellationToken>> {
-        self.filling.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn on_store<T: Send + 'static>(
@@ -397,7 +364,7 @@ fn cannot_fetch(record: &VolumeRecord, source: SourceError) -> FetchError {
 /// Waits for a fetch, and reports how far it is and where its verified files are.
 async fn follow(
     fetch: Fetch,
-    mut report: impl FnMut(&Progress, Option<PathBuf>) + Send,
+    report: &mut (dyn FnMut(&Progress, Option<PathBuf>) + Send),
 ) -> Result<Fetched, FetchError> {
     let mut changes = fetch.progress();
     let tree = fetch.tree();
@@ -415,17 +382,13 @@ async fn follow(
     }
 }
 
-/// Whether it may work later with nothing changed by hand.
-fn passes(error: &AcquireError) -> bool {
-    match error {
-        AcquireError::Access(AccessError::Source { source, .. })
-        | AcquireError::Fetch(FetchError::Source { source, .. }) => matches!(
-            source,
-            SourceError::Unavailable { .. } | SourceError::Changed { .. }
-        ),
-        AcquireError::Fetch(FetchError::Store { .. } | FetchError::Stopped { .. })
-        | AcquireError::Store { .. }
-        | AcquireError::Evicted { .. } => true,
-        AcquireError::Access(_) | AcquireError::Fetch(_) | AcquireError::Layout { .. } => false,
-    }
+/// Whether the origin says that whoever asked may not have it.
+fn is_refusal(error: &FetchError) -> bool {
+    matches!(
+        error,
+        FetchError::Source {
+            source: SourceError::Denied { .. } | SourceError::NotFound { .. },
+            ..
+        }
+    )
 }

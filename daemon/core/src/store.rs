@@ -429,8 +429,19 @@ impl StoreError {
                                                            where it stopped"
                     .to_owned()
             }
+            Self::Io { .. } if self.is_too_many_links() => {
+                "one of its files has as many names as the file system allows (65,000 on ext4): remove \
+                 snapshots that hold it, `weightctl ls` lists them, or put the store on XFS"
+                    .to_owned()
+            }
             Self::Io { .. } => return None,
         })
+    }
+
+    /// Whether a file has as many names as the file system allows.
+    #[must_use]
+    pub fn is_too_many_links(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::TooManyLinks)
     }
 
     /// Whether the disk is too full for it.

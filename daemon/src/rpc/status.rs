@@ -14,14 +14,43 @@ use crate::volumes::AcquireError;
 /// The remedy stands on a line of its own that begins with this.
 pub(super) const HINT: &str = "hint: ";
 
+/// The most bytes of a message on the wire. It is a header: h2 takes 16 KiB of headers, and closes the
+/// connection, with everybody's calls on it, over more.
+const MESSAGE_BYTES: usize = 2048;
+
+/// How many of them the remedy may take.
+const HINT_BYTES: usize = 768;
+
 fn status(code: Code, error: &(dyn Error + 'static), hint: Option<String>) -> Status {
-    let mut message = Chain(error).to_string();
-    if let Some(hint) = hint {
-        message.push('\n');
-        message.push_str(HINT);
-        message.push_str(&hint);
+    let hint = hint.map(|hint| format!("\n{HINT}{}", capped(&hint, HINT_BYTES)));
+    let hint = hint.unwrap_or_default();
+    let bytes = MESSAGE_BYTES - hint.chars().map(wire_bytes).sum::<usize>();
+    Status::new(code, capped(&Chain(error).to_string(), bytes) + &hint)
+}
+
+/// The text, or its beginning and its end if it is longer than `bytes` on the wire: what was tried stands
+/// at the one, and why it failed at the other.
+fn capped(text: &str, bytes: usize) -> String {
+    const GAP: &str = " [...] ";
+    if text.chars().map(wire_bytes).sum::<usize>() <= bytes {
+        return text.to_owned();
     }
-    Status::new(code, message)
+    let half = bytes.saturating_sub(3 * GAP.len()) / 2;
+    let fitting = |chars: &mut dyn Iterator<Item = char>| {
+        let sizes = chars.scan(0, |sum, char| {
+            *sum += wire_bytes(char);
+            (*sum <= half).then_some(char.len_utf8())
+        });
+        sizes.sum::<usize>()
+    };
+    let (head, tail) = (fitting(&mut text.chars()), fitting(&mut text.chars().rev()));
+    format!("{}{GAP}{}", &text[..head], &text[text.len() - tail..])
+}
+
+/// How long a character is in a message: what is not plain is percent-encoded, byte by byte.
+fn wire_bytes(char: char) -> usize {
+    let plain = char.is_ascii_alphanumeric() || "-_.:/,@".contains(char);
+    if plain { 1 } else { 3 * char.len_utf8() }
 }
 
 /// A request that does not parse.
@@ -52,6 +81,7 @@ pub(super) fn of_acquire(error: &AcquireError) -> Status {
         AcquireError::Fetch(error) => return of_fetch(error),
         AcquireError::Store { source, .. } => store_code(source),
         AcquireError::Evicted { .. } => Code::ResourceExhausted,
+        AcquireError::Others { .. } | AcquireError::Released { .. } => Code::Aborted,
         AcquireError::Layout { .. } => Code::InvalidArgument,
     };
     status(code, error, error.hint())
@@ -69,7 +99,7 @@ fn source_code(error: &SourceError) -> Code {
 
 fn store_code(error: &StoreError) -> Code {
     match error {
-        _ if error.is_no_space() => Code::ResourceExhausted,
+        _ if error.is_no_space() || error.is_too_many_links() => Code::ResourceExhausted,
         StoreError::NoSpace { .. } => Code::ResourceExhausted,
         StoreError::Missing(_) => Code::NotFound,
         StoreError::Held { .. } => Code::FailedPrecondition,
@@ -125,7 +155,48 @@ mod tests {
             available: 1,
         };
         assert_eq!(of_store(&full).code(), Code::ResourceExhausted);
+        let links = StoreError::Io {
+            op: "link",
+            path: "/x".into(),
+            source: std::io::ErrorKind::TooManyLinks.into(),
+        };
+        assert_eq!(of_store(&links).code(), Code::ResourceExhausted);
         let aside = StoreError::SetAside(RelPath::new("a").unwrap());
         assert_eq!(of_store(&aside).code(), Code::Aborted);
+    }
+
+    #[test]
+    fn a_long_message_keeps_its_ends_and_its_remedy_and_fits_a_header() {
+        let long = |length: usize| FetchError::Source {
+            model: "hf://org/model".parse().unwrap(),
+            source: SourceError::Denied {
+                what: "\u{e4} b".repeat(length),
+                detail: "the last word".into(),
+                hint: Some("log in".into()),
+            },
+        };
+        assert!(!of_fetch(&long(1)).message().contains("[...]"));
+        for length in [1000, 100_000] {
+            let status = of_fetch(&long(length));
+            let message = status.message();
+            assert!(
+                message.starts_with("cannot fetch hf://org/model: access to \u{e4} b"),
+                "{message}"
+            );
+            assert!(
+                message.ends_with(" denied: the last word\nhint: log in"),
+                "{message}"
+            );
+            let mut headers = http::HeaderMap::new();
+            status.add_header(&mut headers).unwrap();
+            let sent = headers["grpc-message"].len();
+            assert!((1900..=MESSAGE_BYTES).contains(&sent), "{sent}");
+        }
+        let endless = "x".repeat(10_000);
+        let error = std::io::Error::other(endless.clone());
+        let status = status(Code::Internal, &error, Some(endless));
+        let (text, hint) = status.message().split_once('\n').unwrap();
+        assert!(text.len() + hint.len() < MESSAGE_BYTES, "{}", text.len());
+        assert!(text.ends_with('x') && hint.starts_with("hint: x") && hint.ends_with('x'));
     }
 }

@@ -84,6 +84,9 @@ pub struct Collected {
 pub(super) struct Space {
     pub(super) capacity: u64,
     pub(super) free: u64,
+    /// How many files, folders included, it can have; 0 if that has no bound.
+    pub(super) inodes: u64,
+    pub(super) inodes_free: u64,
 }
 
 /// A blob on disk.
@@ -103,6 +106,8 @@ impl Store {
         Ok(Space {
             capacity: used + free,
             free,
+            inodes: stat.files(),
+            inodes_free: stat.files_available(),
         })
     }
 
@@ -190,7 +195,10 @@ impl Store {
 
     /// The caller holds the lock for reservations and the store's.
     fn plan(&self, needed: u64) -> Result<RoomPlan, StoreError> {
-        let space = self.file_system()?;
+        self.plan_within(&self.file_system()?, needed)
+    }
+
+    pub(super) fn plan_within(&self, space: &Space, needed: u64) -> Result<RoomPlan, StoreError> {
         let used = space.capacity - space.free;
         let mut blobs = self.blobs()?;
         let held: u64 =
@@ -204,33 +212,49 @@ impl Store {
             below_mark.min(below_cap).min(space.free)
         };
         let must_free = needed.saturating_sub(room_below(self.limits.high_percent));
-        if must_free == 0 {
+        let want_inodes = self.inodes_to_free(space);
+        if must_free == 0 && want_inodes == 0 {
             return Ok(RoomPlan::default());
         }
-        let want_free = needed.saturating_sub(room_below(self.limits.low_percent));
-        let garbage = blobs.values().filter(|blob| blob.links == 1);
+        let want_free = match must_free {
+            0 => 0,
+            _ => needed.saturating_sub(room_below(self.limits.low_percent)),
+        };
+        let garbage = || blobs.values().filter(|blob| blob.links == 1);
+        let mut inodes = garbage().count() as u64;
         let mut plan = RoomPlan {
-            freed: garbage.map(|blob| blob.bytes).sum(),
+            freed: garbage().map(|blob| blob.bytes).sum(),
             ..RoomPlan::default()
         };
-        for snapshot in self.evictable()? {
-            if plan.freed >= want_free {
-                break;
-            }
-            for inode in inodes(&snapshot) {
-                let Some(blob) = blobs.get_mut(&inode) else {
-                    continue;
-                };
-                // A manifest may name a file of the tree that is no link of its own.
-                blob.links = blob.links.saturating_sub(1);
-                if blob.links == 1 {
-                    plan.freed += blob.bytes;
-                }
-            }
-            plan.evict.push(snapshot.manifest.snapshot);
+        let mut evictable = self.evictable()?.into_iter();
+        while plan.freed < want_free
+            && let Some(snapshot) = evictable.next()
+        {
+            inodes += plan.add(&snapshot, &mut blobs);
+        }
+        // Snapshots of other patterns of one model hold no bytes of their own, but folders.
+        let mut more = plan.clone();
+        while inodes < want_inodes
+            && let Some(snapshot) = evictable.next()
+        {
+            inodes += more.add(&snapshot, &mut blobs);
+        }
+        // If others hold so many, all of these together would be no use.
+        if inodes >= want_inodes {
+            plan = more;
         }
         plan.short = must_free.saturating_sub(plan.freed);
         Ok(plan)
+    }
+
+    /// How many inodes have to go so that no more than the low mark of them are used; 0 while that is no
+    /// more than the high one.
+    fn inodes_to_free(&self, space: &Space) -> u64 {
+        let used = space.inodes.saturating_sub(space.inodes_free);
+        if used <= percent(space.inodes, self.limits.high_percent) {
+            return 0;
+        }
+        used - percent(space.inodes, self.limits.low_percent)
     }
 
     /// The snapshots that nothing holds, least recently used first.
@@ -274,7 +298,7 @@ impl Store {
         for id in &plan.evict {
             self.evict(id)?;
         }
-        let garbage = if plan.freed > 0 {
+        let garbage = if plan.freed > 0 || !plan.evict.is_empty() {
             self.move_garbage()?.0
         } else {
             Vec::new()
@@ -425,7 +449,7 @@ impl Store {
                     fs::remove_dir_all(&path).at("delete", &path)?;
                     swept.trees += 1;
                 }
-                Some("gone") if path.is_dir() => fs::remove_dir_all(&path).at("delete", &path)?,
+                Some("gone") if path.is_dir() => delete_gone(&path)?,
                 Some("gone" | "probe") => remove_if_there(&path)?,
                 Some("room") => swept.bytes += remove_unlocked(&path, bytes)?.unwrap_or(0),
                 Some("part") => self.sweep_part(&path, partial, &mut swept)?,
@@ -495,6 +519,27 @@ impl Store {
     }
 }
 
+impl RoomPlan {
+    /// Has a snapshot evicted too; returns how many inodes that frees, at the least.
+    fn add(&mut self, snapshot: &Snapshot, blobs: &mut HashMap<u64, Stored>) -> u64 {
+        // Its directory, its tree and its manifest.
+        let mut freed = 3;
+        for inode in inodes(snapshot) {
+            let Some(blob) = blobs.get_mut(&inode) else {
+                continue;
+            };
+            // A manifest may name a file of the tree that is no link of its own.
+            blob.links = blob.links.saturating_sub(1);
+            if blob.links == 1 {
+                self.freed += blob.bytes;
+                freed += 1;
+            }
+        }
+        self.evict.push(snapshot.manifest.snapshot.clone());
+        freed
+    }
+}
+
 impl Room {
     /// Gives `bytes` of the space back, for a file that is staged next.
     pub fn take(&self, bytes: u64) {
@@ -540,6 +585,22 @@ pub(super) fn look(path: &Path) -> Result<Option<fs::Metadata>, StoreError> {
         Ok(metadata) => Ok(Some(metadata)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error).at("look at", path),
+    }
+}
+
+/// Deletes a directory that was moved away. Whoever moved it and a collection may both be at it: what one
+/// finds gone, the other has deleted.
+pub(super) fn delete_gone(path: &Path) -> Result<(), StoreError> {
+    loop {
+        match fs::remove_dir_all(path) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                if look(path)?.is_none() {
+                    return Ok(());
+                }
+            }
+            Err(error) => return Err(error).at("delete", path),
+        }
     }
 }
 

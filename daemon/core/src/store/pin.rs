@@ -121,17 +121,18 @@ impl Store {
     }
 
     /// Lets go of everything that `holder` holds, its volume's directory too; returns how many
-    /// snapshots it held. What it held must not be mounted any more.
+    /// snapshots it held. What it held must not be mounted any more. The pins go also if the directory
+    /// cannot be deleted.
     ///
     /// # Errors
     ///
     /// [`StoreError::Io`].
     pub fn release(&self, holder: &Holder) -> Result<u32, StoreError> {
-        self.remove_volume(holder)?;
         let mut released = 0;
         for id in self.pinned_by(holder)? {
             released += u32::from(self.unpin(&id, holder)?);
         }
+        self.remove_volume(holder)?;
         Ok(released)
     }
 

@@ -282,7 +282,7 @@ impl Lease {
             Ok(()) => {
                 fault::point("publish.renamed");
                 sync_parent(&to).at("sync the folder of", &to)?;
-                self.store.complete_volumes(&manifest.snapshot)?;
+                self.store.complete_volumes(&manifest.snapshot);
                 let lock = self.lock.take().expect("it is taken only here");
                 return Ok(SnapshotLease { _lock: lock });
             }
@@ -295,7 +295,7 @@ impl Lease {
         }
         if self.store.published(&manifest.snapshot)?.is_none() {
             self.repair(&to, manifest, &json)?;
-            self.store.complete_volumes(&manifest.snapshot)?;
+            self.store.complete_volumes(&manifest.snapshot);
         }
         // With the lock still held: nobody evicts it before it is leased.
         let lease = self.store.lease_snapshot(&manifest.snapshot)?;

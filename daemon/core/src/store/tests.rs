@@ -18,6 +18,7 @@ use crate::source::RemoteFile;
 mod damage;
 mod sealing;
 mod space;
+mod volumes;
 
 fn store() -> (tempfile::TempDir, Arc<Store>) {
     let dir = tempfile::tempdir().unwrap();
@@ -466,6 +467,11 @@ fn every_error_with_a_remedy_says_it() {
         StoreError::NoHardLinks {
             path: path.clone(),
             source: source(),
+        },
+        StoreError::Io {
+            op: "link",
+            path: path.clone(),
+            source: io::Error::from_raw_os_error(nix::libc::EMLINK),
         },
         StoreError::NotAStore { path },
     ] {

@@ -21,10 +21,11 @@ use nix::fcntl::FlockArg;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::evict::remove_if_there;
+use super::evict::{delete_gone, remove_if_there};
 use super::pin::Holder;
 use super::{At, Store, StoreError, claim, entries, make_dirs};
 use crate::digest::GitOid;
+use crate::errors::Chain;
 use crate::fault;
 use crate::manifest::{FileEntry, Manifest};
 use crate::model::{ModelRef, Patterns, Revision, SnapshotId};
@@ -79,8 +80,8 @@ pub struct Volume {
 const MARKS: &str = ".weightd";
 
 impl Store {
-    /// Pins a published snapshot for `holder` and marks it as used; returns what it holds and where its
-    /// tree is. `None` if it is not here.
+    /// Pins a published snapshot for `holder`, and no other, and marks it as used; returns what it holds and
+    /// where its tree is. `None` if it is not here.
     ///
     /// # Errors
     ///
@@ -97,14 +98,14 @@ impl Store {
         let Some((manifest, _)) = self.published(id)? else {
             return Ok(None);
         };
-        self.write_pin(id, holder)?;
+        self.pin_only(id, holder)?;
         self.touch(asked, revision, id)?;
         Ok(Some((manifest, self.snapshot_dir(id).join("tree"))))
     }
 
-    /// Makes the directory of a volume, or finds it again, and pins its snapshot, whether that is here
-    /// yet or not. Returns the tree to mount. A directory that was made for something else is replaced:
-    /// the caller knows that it is not mounted.
+    /// Makes the directory of a volume, or finds it again as it is, and pins its snapshot, whether that is
+    /// here yet or not, and no other. Returns the tree to mount. A directory that was made for something
+    /// else is replaced: the caller knows that it is not mounted.
     ///
     /// # Errors
     ///
@@ -114,15 +115,13 @@ impl Store {
         holder: &Holder,
         record: &VolumeRecord,
     ) -> Result<PathBuf, StoreError> {
-        let dir = self.volume_dir(holder);
-        if self
-            .volume_record(&dir)?
-            .is_some_and(|found| found != *record)
-        {
+        let (dir, id) = (self.volume_dir(holder), record.snapshot());
+        // One whose record cannot be read may hold another model, and be marked as complete.
+        if self.volume_record(&dir)?.as_ref() != Some(record) {
             self.remove_volume(holder)?;
         }
         let _shared = self.lock_shared()?;
-        self.write_pin(&record.snapshot(), holder)?;
+        self.pin_only(&id, holder)?;
         let marks = dir.join("tree").join(MARKS);
         make_dirs(&marks).at("create", &marks)?;
         fault::point("volume.created");
@@ -134,31 +133,45 @@ impl Store {
         Ok(dir.join("tree"))
     }
 
-    /// Shows the files that are below `tree` in a volume, as far as they are not shown yet. They must be
-    /// verified. Nothing happens if the volume is gone.
+    /// What the directory of a volume is to hold, if it has one whose record can be read.
     ///
     /// # Errors
     ///
     /// [`StoreError::Io`].
-    pub fn fill_volume(&self, holder: &Holder, tree: &Path) -> Result<(), StoreError> {
-        let Some((dir, record, _lock)) = self.locked_volume(holder)? else {
+    pub fn opened_volume(&self, holder: &Holder) -> Result<Option<VolumeRecord>, StoreError> {
+        self.volume_record(&self.volume_dir(holder))
+    }
+
+    /// Shows the files of the snapshot `id` that are below `tree` in a volume, as far as they are not shown
+    /// yet. They must be verified. Nothing happens if the volume is gone, or another snapshot's by now.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Io`].
+    pub fn fill_volume(
+        &self,
+        holder: &Holder,
+        id: &SnapshotId,
+        tree: &Path,
+    ) -> Result<(), StoreError> {
+        let Some((dir, record, _lock)) = self.locked_volume_of(holder, id)? else {
             return Ok(());
         };
         link_all(&dir, tree, &record.model_dir(&dir.join("tree")))
     }
 
-    /// Shows all of a published snapshot in a volume, and says so in it.
+    /// Shows all of the published snapshot `id` in a volume, and says so in it. Nothing happens if the
+    /// volume is gone, or another snapshot's by now.
     ///
     /// # Errors
     ///
     /// [`StoreError::Missing`] if the snapshot is not here, else [`StoreError::Io`].
-    pub fn complete_volume(&self, holder: &Holder) -> Result<(), StoreError> {
-        let Some((dir, record, _lock)) = self.locked_volume(holder)? else {
+    pub fn complete_volume(&self, holder: &Holder, id: &SnapshotId) -> Result<(), StoreError> {
+        let Some((dir, record, _lock)) = self.locked_volume_of(holder, id)? else {
             return Ok(());
         };
-        let id = record.snapshot();
-        let snapshot = self.snapshot_dir(&id);
-        let Some((manifest, _)) = self.published(&id)? else {
+        let snapshot = self.snapshot_dir(id);
+        let Some((manifest, _)) = self.published(id)? else {
             return Err(StoreError::Missing(id.to_string()));
         };
         let tree = dir.join("tree");
@@ -184,28 +197,52 @@ impl Store {
         Ok(())
     }
 
-    /// Completes the volumes that wait for this snapshot, and mends those that lost a damaged file.
-    pub(super) fn complete_volumes(&self, id: &SnapshotId) -> Result<(), StoreError> {
-        for holder in self.volume_holders()? {
-            let record = self.volume_record(&self.volume_dir(&holder))?;
-            if record.is_some_and(|record| record.snapshot() == *id) {
-                self.complete_volume(&holder)?;
+    /// Completes the volumes that wait for this snapshot, and mends those that lost a damaged file. What is
+    /// wrong with a volume concerns its holder only: the snapshot is published for all.
+    pub(super) fn complete_volumes(&self, id: &SnapshotId) {
+        let holders = self.volume_holders().unwrap_or_else(|error| {
+            tracing::warn!(snapshot = %id, error = %Chain(&error), "no volume completed");
+            Vec::new()
+        });
+        for holder in holders {
+            let completed = match self.opened_volume(&holder) {
+                Ok(Some(record)) if record.snapshot() == *id => self.complete_volume(&holder, id),
+                Ok(_) => Ok(()),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = completed {
+                tracing::warn!(snapshot = %id, %holder, error = %Chain(&error), "volume not completed");
             }
         }
-        Ok(())
     }
 
-    /// Says in a volume why it is not complete.
+    /// Says in a volume of the snapshot `id` why it is not complete.
     ///
     /// # Errors
     ///
     /// [`StoreError::Io`].
-    pub fn explain_volume(&self, holder: &Holder, why: &str) -> Result<(), StoreError> {
-        let Some((dir, ..)) = self.locked_volume(holder)? else {
+    pub fn explain_volume(
+        &self,
+        holder: &Holder,
+        id: &SnapshotId,
+        why: &str,
+    ) -> Result<(), StoreError> {
+        let Some((dir, ..)) = self.locked_volume_of(holder, id)? else {
             return Ok(());
         };
         let path = dir.join("tree").join(MARKS).join("error");
         put(&dir, &path, format!("{why}\n").as_bytes())
+    }
+
+    /// Whether `holder` pins anything, or has a directory.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Io`].
+    pub fn holds_anything(&self, holder: &Holder) -> Result<bool, StoreError> {
+        let dir = self.volume_dir(holder);
+        let has_directory = dir.try_exists().at("look at", &dir)?;
+        Ok(has_directory || !self.pinned_by(holder)?.is_empty())
     }
 
     /// What the holders of volumes hold.
@@ -247,8 +284,24 @@ impl Store {
         Ok(())
     }
 
+    /// Writes the pin, and takes away those of what the holder asked for before. The caller holds the
+    /// store's lock.
+    fn pin_only(&self, id: &SnapshotId, holder: &Holder) -> Result<(), StoreError> {
+        self.write_pin(id, holder)?;
+        for other in self.pinned_by(holder)? {
+            if other != *id {
+                self.unpin(&other, holder)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Deletes the directory of a volume, if it has one. It must not be mounted.
-    pub(super) fn remove_volume(&self, holder: &Holder) -> Result<(), StoreError> {
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Io`].
+    pub fn remove_volume(&self, holder: &Holder) -> Result<(), StoreError> {
         let dir = self.volume_dir(holder);
         let Some(lock) = lock_dir(&dir)? else {
             return Ok(());
@@ -256,7 +309,7 @@ impl Store {
         let gone = self.move_away(&dir)?;
         fault::point("volume.renamed");
         drop(lock);
-        fs::remove_dir_all(&gone).at("delete", &gone)
+        delete_gone(&gone)
     }
 
     fn volume_dir(&self, holder: &Holder) -> PathBuf {
@@ -288,6 +341,17 @@ impl Store {
         };
         let record = self.volume_record(&dir)?;
         Ok(record.map(|record| (dir, record, lock)))
+    }
+
+    /// The same, unless it is to show another snapshot than `id`: whoever works for an earlier call of the
+    /// same holder must not bring that one's files in.
+    fn locked_volume_of(
+        &self,
+        holder: &Holder,
+        id: &SnapshotId,
+    ) -> Result<Option<(PathBuf, VolumeRecord, claim::Held)>, StoreError> {
+        let found = self.locked_volume(holder)?;
+        Ok(found.filter(|(_, record, _)| record.snapshot() == *id))
     }
 }
 

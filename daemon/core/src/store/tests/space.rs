@@ -106,3 +106,38 @@ fn two_reservations_do_not_take_the_same_space() {
         assert_ne!(one.is_ok(), two.is_ok(), "{one:?}, {two:?}");
     }
 }
+
+#[test]
+fn snapshots_that_hold_no_bytes_of_their_own_go_when_inodes_are_short() {
+    use super::super::evict::Space;
+    let (_dir, store) = store();
+    let ids: Vec<SnapshotId> = (0..4_u64)
+        .map(|n| {
+            let patterns = Patterns::new(vec![format!("a{n}"), "a".into()], Vec::new()).unwrap();
+            let id = publish_as(&store, "m", patterns, &[("a", b"abc")]);
+            used_at(&store, &id, 1000 + n);
+            id
+        })
+        .collect();
+    let operator = Holder::operator("keep").unwrap();
+    store.pin(&ids[0], &operator).unwrap();
+    let plan = |inodes, inodes_free| {
+        let space = Space {
+            capacity: 1 << 40,
+            free: 1 << 39,
+            inodes,
+            inodes_free,
+        };
+        store.plan_within(&space, 1).unwrap()
+    };
+
+    // 97 % is the high mark, 95 % the low one: 5 are to be freed, and each snapshot frees 3.
+    let short = plan(200, 5);
+
+    assert_eq!(short.evict, ids[1..3], "{short:?}");
+    assert_eq!((short.freed, short.short), (0, 0));
+    for (inodes, free) in [(200, 6), (0, 0), (200_000, 0)] {
+        let none = plan(inodes, free);
+        assert_eq!(none, RoomPlan::default(), "{inodes} inodes, {free} free");
+    }
+}
