@@ -405,6 +405,7 @@ impl Config {
                 S3Identity::Chain
             },
             unsigned_buckets: self.s3.unsigned_buckets.clone(),
+            believe_metadata: false,
         })
     }
 

@@ -62,7 +62,11 @@ impl Origins {
     ///
     /// [`OriginsError`] if what it says of the Hub cannot be used.
     pub fn from_env() -> Result<Self, OriginsError> {
-        Self::new(HfConfig::from_env()?, S3Config::default(), None)
+        let s3 = S3Config {
+            believe_metadata: true,
+            ..S3Config::default()
+        };
+        Self::new(HfConfig::from_env()?, s3, None)
     }
 }
 

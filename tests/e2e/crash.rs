@@ -13,7 +13,7 @@ use nix::libc::SIGKILL;
 use weightd_core::digest::{Claims, Digest};
 use weightd_core::fault;
 use weightd_core::model::RelPath;
-use weightd_core::source::RemoteFile;
+use weightd_core::source::{RemoteFile, Vouched};
 use weightd_core::store::{StageKey, Store, StoreLimits};
 use weightd_standin::{Fault, FaultKind, Files, Hub, HubConfig, Origin, Repo};
 
@@ -104,7 +104,7 @@ impl Model {
                     ..Claims::default()
                 },
                 identity: None,
-                vouched: true,
+                vouched: Vouched::BySource,
                 xet_hash: None,
             };
             match store.has(sha256) {

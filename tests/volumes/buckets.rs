@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use serde_json::Value;
 use tonic::Code;
 use weightd_core::digest::Digest;
 use weightd_standin::s3::{PutOptions, S3Config, S3Server};
@@ -84,6 +85,39 @@ async fn naming_a_digest_gives_nobody_the_bytes() {
     let mut prefetch = node.weightctl_command(&["prefetch", "s3://tenant-b/m"]);
     let output = prefetch.output().expect("weightctl runs");
     assert!(!output.status.success(), "an operator lent the bytes");
+}
+
+#[tokio::test]
+async fn what_a_user_believed_in_the_nodes_store_is_read_from_its_origin_for_pods() {
+    let s3 = server("tenant-b");
+    let mut node = node(&s3, &Itself::Owner);
+    node.start().await;
+    node.mounts(&Ask::model("pod-1", PRIVATE).secret("hf-token", TOKEN))
+        .await;
+    put_a_claim(&s3);
+    let secret = shard(7);
+    let honest = PutOptions::default().meta("sha256", &Digest::of(&secret).to_string());
+    s3.put("tenant-b", "own/model.safetensors", secret, honest);
+    let believe = |source: &str| {
+        let mut command = node.embedded(&["prefetch", source]);
+        let output = command.output().expect("weightctl runs");
+        assert!(output.status.success(), "{output:?}");
+        let printed: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        assert_eq!(printed["bytes_fetched"], 0, "{printed}");
+    };
+    believe("s3://tenant-b/m");
+    believe("s3://tenant-b/own");
+
+    let forged = node.publish(&Ask::model("pod-2", "s3://tenant-b/m")).await;
+    let own = node
+        .publish(&Ask::model("pod-3", "s3://tenant-b/own"))
+        .await;
+
+    let status = forged.expect_err("foreign bytes were mounted");
+    assert_eq!(status.code(), Code::DataLoss, "{status}");
+    own.expect("the pod's own bytes");
+    let file = node.tree("pod-3").join("model.safetensors");
+    assert_eq!(std::fs::read(file).expect("readable"), shard(7));
 }
 
 #[tokio::test]

@@ -447,6 +447,16 @@ impl Node {
         command
     }
 
+    /// `weightctl` on the daemon's store, but without the daemon.
+    pub(crate) fn embedded(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(binary("weightctl"));
+        let own = self.environment.iter();
+        command.envs(own.map(|(key, value)| (key.as_str(), value.as_str())));
+        command.arg("--root").arg(self.root());
+        command.args(["--output", "json"]).args(words);
+        command
+    }
+
     /// What `weightctl` prints when it succeeds.
     pub(crate) fn weightctl(&self, words: &[&str]) -> Value {
         let output = self.weightctl_command(words).output();

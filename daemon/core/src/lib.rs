@@ -43,9 +43,10 @@
 //!   links below `volumes/`, so that what is mounted never moves while it fills.
 //! - A volume's holder is named after its target path (`csi/<pod uid>.<volume>`), not after its volume id:
 //!   an unmount and a restart know no more than the path, and pods may share a persistent volume.
-//! - A digest that an uploader wrote into S3 metadata is checked, but brings no bytes from the store, for an
-//!   operator no more than for a pod: a bucket's owner could name the digest of bytes that are not theirs, and
-//!   what an operator prefetched pods may mount. Only a SHA-256 that S3 itself computed does.
+//! - A digest that an uploader wrote into S3 metadata is checked, but brings no bytes from a daemon's store: a
+//!   bucket's owner could name the digest of bytes that are not theirs, and what an operator prefetched pods may
+//!   mount. It does so for `weightctl` on its own; what was brought so is marked, and no pod gets it before its
+//!   bytes were read from their own origin. A SHA-256 that S3 itself computed always counts.
 //! - Without access rules any namespace may mount what the node's own S3 credentials can read; the daemon
 //!   says so as it starts. For models of the Hub its own token never counts.
 

@@ -38,11 +38,21 @@ pub struct FileEntry {
     /// The Hub's Xet hash.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub xet_hash: Option<String>,
+    /// The bytes were here already, and that they are this file's is only an uploader's word: whoever asks may
+    /// have no right to them.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub believed: bool,
 }
 
 impl Manifest {
     /// The form that this version writes and reads.
     pub const FORMAT: u32 = 1;
+
+    /// Whether an uploader's word was taken for some of the files.
+    #[must_use]
+    pub fn is_believed(&self) -> bool {
+        self.files.iter().any(|file| file.believed)
+    }
 
     /// Bytes of all files.
     #[must_use]

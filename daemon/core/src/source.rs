@@ -69,6 +69,18 @@ pub struct Listing {
     pub left_out: LeftOut,
 }
 
+/// Who says that a claimed SHA-256 is that of the bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Vouched {
+    /// The source itself has seen to it.
+    BySource,
+    /// Somebody wrote it beside the bytes, and the user takes that word: bytes that are here for another reason
+    /// are reused. No pod gets what was brought so ([`crate::manifest::FileEntry::believed`]).
+    ByUploader,
+    /// Somebody wrote it beside the bytes: it gives nobody bytes that are here for another reason.
+    ByNobody,
+}
+
 /// One file as its source claims it.
 #[derive(Debug, Clone)]
 pub struct RemoteFile {
@@ -78,9 +90,8 @@ pub struct RemoteFile {
     pub size: u64,
     /// What the source says of the bytes.
     pub claims: Claims,
-    /// The source itself has seen to it that the claimed SHA-256 holds. Else it is only what somebody wrote
-    /// beside the bytes: it is checked, but it gives nobody bytes that are here for another reason.
-    pub vouched: bool,
+    /// Who vouches for the claimed SHA-256. It is checked in any case.
+    pub vouched: Vouched,
     /// A text that names these very bytes at their origin, for sources that give no SHA-256: the
     /// store remembers which digest it stood for. Never a secret.
     pub identity: Option<String>,

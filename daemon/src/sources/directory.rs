@@ -22,7 +22,7 @@ use futures::future::{BoxFuture, FutureExt};
 use weightd_core::blocking;
 use weightd_core::digest::Claims;
 use weightd_core::model::{ModelRef, Patterns, Revision};
-use weightd_core::source::{ByteStream, Listing, RemoteFile, Source, SourceError, select};
+use weightd_core::source::{ByteStream, Listing, RemoteFile, Source, SourceError, Vouched, select};
 
 use walk::Found;
 
@@ -127,7 +127,7 @@ impl DirectorySource {
             path: path.clone(),
             size: *size,
             claims: Claims::default(),
-            vouched: false,
+            vouched: Vouched::ByNobody,
             identity: Some(file.identity()),
             xet_hash: None,
         });

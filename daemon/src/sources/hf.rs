@@ -31,7 +31,7 @@ use std::sync::{Arc, OnceLock};
 
 use futures::future::{BoxFuture, FutureExt};
 use weightd_core::model::{ModelRef, Patterns, Revision};
-use weightd_core::source::{ByteStream, Listing, RemoteFile, Source, SourceError, select};
+use weightd_core::source::{ByteStream, Listing, RemoteFile, Source, SourceError, Vouched, select};
 
 pub use client::HfClients;
 pub use config::{HfConfig, HfConfigError};
@@ -117,7 +117,7 @@ impl HfSource {
             size,
             claims: file.claims,
             // The Hub takes no LFS object whose bytes are not those that its name says.
-            vouched: true,
+            vouched: Vouched::BySource,
             identity: file
                 .claims
                 .git_oid

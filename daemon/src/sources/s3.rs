@@ -32,7 +32,9 @@ use futures::StreamExt;
 use futures::future::{BoxFuture, FutureExt};
 use futures::stream::{self, TryStreamExt};
 use weightd_core::model::{ModelRef, Patterns, RelPath, Revision};
-use weightd_core::source::{ByteStream, LeftOut, Listing, RemoteFile, Source, SourceError, select};
+use weightd_core::source::{
+    ByteStream, LeftOut, Listing, RemoteFile, Source, SourceError, Vouched, select,
+};
 
 use bucket::Bucket;
 pub use client::{S3ClientError, S3Clients};
@@ -190,9 +192,11 @@ impl S3Source {
             path: path.clone(),
             size: *size,
             claims: object.claims,
-            // An uploader's word (`x-amz-meta-sha256`) is checked, and opens nothing: the owner of one bucket
-            // could have written the digest of another's model.
-            vouched: object.checked_by_s3,
+            vouched: match (object.checked_by_s3, self.bucket.config.believe_metadata) {
+                (true, _) => Vouched::BySource,
+                (false, true) => Vouched::ByUploader,
+                (false, false) => Vouched::ByNobody,
+            },
             identity: object.identity.clone(),
             xet_hash: None,
         });

@@ -362,11 +362,14 @@ fn link_if_here(
     lease: &Lease,
     file: &RemoteFile,
 ) -> Result<Option<FileEntry>, StoreError> {
-    let Some(digest) = store.digest_of(file)? else {
+    let Some((digest, believed)) = store.digest_of(file)? else {
         return Ok(None);
     };
     let here = lease.add(digest, file.size, &file.path)?;
-    Ok(here.then(|| entry(file, digest)))
+    Ok(here.then(|| FileEntry {
+        believed,
+        ..entry(file, digest)
+    }))
 }
 
 fn entry(file: &RemoteFile, sha256: Digest) -> FileEntry {
@@ -376,6 +379,7 @@ fn entry(file: &RemoteFile, sha256: Digest) -> FileEntry {
         sha256,
         git_oid: file.claims.git_oid,
         xet_hash: file.xet_hash.clone(),
+        believed: false,
     }
 }
 

@@ -158,6 +158,7 @@ mod tests {
                 sha256: Digest::of(bytes),
                 git_oid: None,
                 xet_hash: None,
+                believed: false,
             });
         }
         model(dir.path(), &entries, whole).map_err(|error| error.to_string())
@@ -245,6 +246,7 @@ mod tests {
                 sha256: Digest::of(start),
                 git_oid: None,
                 xet_hash: None,
+                believed: false,
             }
         };
         let index = entry("m.safetensors.index.json", b"{", (64 << 20) + 1);

@@ -112,7 +112,7 @@ impl Fetcher {
 /// Bytes of a file that need not be fetched: all, or what an earlier fetch left.
 fn bytes_here(store: &Store, file: &RemoteFile) -> Result<u64, StoreError> {
     let digest = store.digest_of(file)?;
-    if digest.is_some_and(|digest| store.has(digest)) {
+    if digest.is_some_and(|(digest, _)| store.has(digest)) {
         return Ok(file.size);
     }
     Ok(store.journaled_bytes(&StageKey::of(file)).min(file.size))

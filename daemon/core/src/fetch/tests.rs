@@ -13,7 +13,7 @@ use futures::{FutureExt, StreamExt, stream};
 use super::*;
 use crate::digest::{Claims, Digest};
 use crate::model::{Patterns, Revision};
-use crate::source::{ByteStream, Listing, RemoteFile, Source, select};
+use crate::source::{ByteStream, Listing, RemoteFile, Source, Vouched, select};
 use crate::store::StoreLimits;
 
 /// What goes wrong with one read.
@@ -92,7 +92,7 @@ impl Source for OriginSource {
                 },
                 path,
                 size,
-                vouched: true,
+                vouched: Vouched::BySource,
                 xet_hash: None,
             };
             Ok(Listing {

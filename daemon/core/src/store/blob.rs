@@ -490,7 +490,7 @@ mod tests {
             size: 0,
             claims: Claims::default(),
             identity: None,
-            vouched: false,
+            vouched: crate::source::Vouched::ByNobody,
             xet_hash: None,
         };
 

@@ -15,7 +15,7 @@ use super::{At, Store, StoreError, entries, make_dirs, write_atomically};
 use crate::digest::Digest;
 use crate::fault;
 use crate::model::{ModelRef, Patterns, Revision, Scheme, SnapshotId};
-use crate::source::RemoteFile;
+use crate::source::{RemoteFile, Vouched};
 
 /// What a model's name stood for when it was last resolved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -207,17 +207,23 @@ impl Store {
         read_json(&self.known_path(identity))
     }
 
-    /// The digest of a file's bytes, as far as it is sure before they are here.
+    /// The digest of a file's bytes, as far as it is known before they are fetched, and whether that is only an
+    /// uploader's word.
     ///
     /// # Errors
     ///
     /// [`StoreError::Io`].
-    pub fn digest_of(&self, file: &RemoteFile) -> Result<Option<Digest>, StoreError> {
-        match (file.claims.sha256, &file.identity) {
-            (Some(digest), _) if file.vouched => Ok(Some(digest)),
-            (_, Some(identity)) => self.known(identity),
-            _ => Ok(None),
+    pub fn digest_of(&self, file: &RemoteFile) -> Result<Option<(Digest, bool)>, StoreError> {
+        let claimed = |who| file.claims.sha256.filter(|_| file.vouched == who);
+        if let Some(digest) = claimed(Vouched::BySource) {
+            return Ok(Some((digest, false)));
         }
+        let known = match &file.identity {
+            Some(identity) => self.known(identity)?,
+            None => None,
+        };
+        let known = known.map(|digest| (digest, false));
+        Ok(known.or_else(|| claimed(Vouched::ByUploader).map(|digest| (digest, true))))
     }
 
     /// Remembers that what an origin calls `identity` has this digest.

@@ -13,7 +13,7 @@ use super::*;
 use crate::digest::{Claims, Verifier};
 use crate::manifest::{FileEntry, Manifest};
 use crate::model::{ModelRef, Patterns, RelPath, Revision, SnapshotId};
-use crate::source::RemoteFile;
+use crate::source::{RemoteFile, Vouched};
 
 mod damage;
 mod sealing;
@@ -35,7 +35,7 @@ fn remote(path: &str, bytes: &[u8]) -> RemoteFile {
             ..Claims::default()
         },
         identity: None,
-        vouched: true,
+        vouched: Vouched::BySource,
         xet_hash: None,
     }
 }
@@ -62,6 +62,7 @@ fn seal(store: &Arc<Store>, lease: &Lease, path: &str, bytes: &[u8]) -> FileEntr
         sha256: Digest::of(bytes),
         git_oid: None,
         xet_hash: None,
+        believed: false,
     }
 }
 

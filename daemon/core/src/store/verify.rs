@@ -281,6 +281,31 @@ impl Store {
         Ok(withdrawn)
     }
 
+    /// Takes back that a snapshot is here. Its tree stays, for it may be in use.
+    fn withdraw(&self, id: &SnapshotId) -> Result<(), StoreError> {
+        let dir = self.snapshot_dir(id);
+        let manifest = dir.join("manifest.json");
+        fs::rename(&manifest, dir.join("withdrawn.json")).at("withdraw", &manifest)?;
+        sync_parent(&manifest).at("sync the folder of", &manifest)?;
+        fault::point("verify.withdrawn");
+        Ok(())
+    }
+
+    /// Withdraws a snapshot for which an uploader's word was taken.
+    pub(super) fn withdraw_if_believed(&self, id: &SnapshotId) -> Result<(), StoreError> {
+        let believed = || {
+            let published = self.published(id)?;
+            Ok::<_, StoreError>(published.is_some_and(|(manifest, _)| manifest.is_believed()))
+        };
+        if believed()? {
+            let _alone = self.lock_alone()?;
+            if believed()? {
+                self.withdraw(id)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Withdraws a snapshot if its file with this digest is the damaged inode, or missing. The file
     /// leaves the tree, so that nobody opens wrong bytes; the tree stays, for it may be mounted.
     fn withdraw_if_bad(
@@ -302,12 +327,8 @@ impl Store {
                 continue;
             }
             if !found {
-                let dir = self.snapshot_dir(&snapshot.manifest.snapshot);
-                let manifest = dir.join("manifest.json");
                 // The manifest first: a snapshot without it is not here, whatever happens next.
-                fs::rename(&manifest, dir.join("withdrawn.json")).at("withdraw", &manifest)?;
-                sync_parent(&manifest).at("sync the folder of", &manifest)?;
-                fault::point("verify.withdrawn");
+                self.withdraw(&snapshot.manifest.snapshot)?;
                 found = true;
             }
             if inode.is_some() {

@@ -81,7 +81,8 @@ const MARKS: &str = ".weightd";
 
 impl Store {
     /// Pins a published snapshot for `holder`, and no other, and marks it as used; returns what it holds and
-    /// where its tree is. `None` if it is not here.
+    /// where its tree is. `None` if it is not here, or an uploader's word was taken for some of it: that is
+    /// withdrawn, and the next fetch asks the origin for the bytes.
     ///
     /// # Errors
     ///
@@ -93,9 +94,10 @@ impl Store {
         id: &SnapshotId,
         holder: &Holder,
     ) -> Result<Option<(Manifest, PathBuf)>, StoreError> {
+        self.withdraw_if_believed(id)?;
         // With the lock held nobody evicts between the look and the pin.
         let _shared = self.lock_shared()?;
-        let Some((manifest, _)) = self.published(id)? else {
+        let Some((manifest, _)) = self.proven(id)? else {
             return Ok(None);
         };
         self.pin_only(id, holder)?;
@@ -171,7 +173,7 @@ impl Store {
             return Ok(());
         };
         let snapshot = self.snapshot_dir(id);
-        let Some((manifest, _)) = self.published(id)? else {
+        let Some((manifest, _)) = self.proven(id)? else {
             return Err(StoreError::Missing(id.to_string()));
         };
         let tree = dir.join("tree");
@@ -195,6 +197,12 @@ impl Store {
         )?;
         fault::point("volume.completed");
         Ok(())
+    }
+
+    /// A published snapshot whose bytes all came from its own origin, or from one that vouched for them.
+    fn proven(&self, id: &SnapshotId) -> Result<Option<(Manifest, i64)>, StoreError> {
+        let published = self.published(id)?;
+        Ok(published.filter(|(manifest, _)| !manifest.is_believed()))
     }
 
     /// Completes the volumes that wait for this snapshot, and mends those that lost a damaged file. What is

@@ -18,6 +18,9 @@ pub struct S3Config {
     pub identity: S3Identity,
     /// Buckets that are read without credentials, whatever `identity` is.
     pub unsigned_buckets: Vec<String>,
+    /// Whether an uploader's word (`x-amz-meta-sha256`) is enough to reuse bytes that are here. It is for a user
+    /// who owns the whole store; the owner of one bucket could have written the digest of another's model.
+    pub believe_metadata: bool,
 }
 
 /// Who asks S3.

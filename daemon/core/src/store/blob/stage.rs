@@ -16,7 +16,7 @@ use super::journal::Journal;
 use super::{Part, State};
 use crate::digest::Digest;
 use crate::fault;
-use crate::source::RemoteFile;
+use crate::source::{RemoteFile, Vouched};
 
 /// Digits of a key that is a digest. A random one has fewer.
 const DIGEST_DIGITS: usize = 64;
@@ -30,7 +30,8 @@ impl StageKey {
     /// origin lets us know; bytes that it gives no name to cannot be resumed.
     #[must_use]
     pub fn of(file: &RemoteFile) -> Self {
-        match (file.claims.sha256.filter(|_| file.vouched), &file.identity) {
+        let sure = |_: &Digest| file.vouched == Vouched::BySource;
+        match (file.claims.sha256.filter(sure), &file.identity) {
             (Some(digest), _) => Self(digest.to_string()),
             (None, Some(identity)) => Self(Digest::of(identity.as_bytes()).to_string()),
             (None, None) => Self(uuid::Uuid::new_v4().simple().to_string()),

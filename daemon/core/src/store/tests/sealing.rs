@@ -7,7 +7,7 @@ fn named(path: &str, identity: &str, bytes: &[u8]) -> RemoteFile {
     RemoteFile {
         claims: Claims::default(),
         identity: Some(identity.to_owned()),
-        vouched: false,
+        vouched: Vouched::ByNobody,
         ..remote(path, bytes)
     }
 }
