@@ -71,3 +71,35 @@ async fn a_read_does_not_sit_a_rate_limit_out() {
         1
     );
 }
+
+#[tokio::test]
+async fn a_gated_model_is_listed_to_all_and_read_by_some() {
+    let gate: Fault = Box::new(|seen| {
+        let gated = seen.path.contains("/resolve/") && seen.authorization.is_none();
+        gated.then(|| answer(401, &[("x-error-code", "GatedRepo")], ""))
+    });
+    let world = World::new(gate, no_fault()).await;
+    let nobody = world.source("hf://org/model", None);
+    list(&nobody).await.unwrap();
+    let error = nobody.authorise(&sha()).await.unwrap_err();
+    assert!(matches!(error, SourceError::Denied { .. }), "{error}");
+    world
+        .source("hf://org/model", Some(TOKEN))
+        .authorise(&sha())
+        .await
+        .unwrap();
+    assert_eq!(world.cdn.seen().len(), 0);
+}
+
+#[tokio::test]
+async fn a_login_page_is_no_proof_that_one_may_read() {
+    let login: Fault = Box::new(|seen| match &seen.path {
+        path if path.contains("/resolve/") => Some(answer(302, &[("location", "/login")], "")),
+        path if path == "/login" => Some(answer(200, &[], "<html>")),
+        _ => None,
+    });
+    let world = World::new(login, no_fault()).await;
+    let source = world.source("hf://org/model", None);
+    let error = source.authorise(&sha()).await.unwrap_err();
+    assert!(matches!(error, SourceError::Invalid { .. }), "{error}");
+}
