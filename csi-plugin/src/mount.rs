@@ -138,12 +138,16 @@ impl Mount {
             None => (root, false),
         };
         let below = root.strip_suffix("/tree")?;
+        // The daemon moves a directory there before it deletes it.
+        let (dir, name) = below.rsplit_once('/')?;
+        if dir.ends_with("/staging") && name.ends_with(".gone") {
+            return Some(Shown::Deleted);
+        }
         let shown = if below.ends_with(&format!("/volumes/{holder}")) {
             Shown::Own
         } else {
-            let (dir, id) = below.rsplit_once('/')?;
-            (dir.ends_with("/snapshots") && is_snapshot(id))
-                .then(|| Shown::Snapshot(id.to_owned()))?
+            (dir.ends_with("/snapshots") && is_snapshot(name))
+                .then(|| Shown::Snapshot(name.to_owned()))?
         };
         Some(if deleted { Shown::Deleted } else { shown })
     }
@@ -195,36 +199,59 @@ impl Workshop {
     ///
     /// [`MountError`]; then nothing is left mounted.
     pub fn bind(&self, from: &Path, target: &Path) -> Result<(), MountError> {
-        self.open()?;
-        let number = self.next.fetch_add(1, Ordering::Relaxed);
-        let bench = self.dir.join(number.to_string());
-        create(&bench)?;
-        let made = Self::bind_at(&bench, from, target);
+        self.at_bench(|bench| {
+            lock_at(bench, from)?;
+            create(target)?;
+            mount(Some(bench), target, none(), MsFlags::MS_BIND, none()).map_err(|errno| {
+                let _ = fs::remove_dir(target);
+                MountError::new("mount a model at", target, errno)
+            })
+        })
+    }
+
+    /// Puts a mount that is locked down in the place of the topmost one at `target`, which shows the same.
+    ///
+    /// # Errors
+    ///
+    /// [`MountError`].
+    pub fn bind_again(&self, target: &Path) -> Result<(), MountError> {
+        self.at_bench(|bench| {
+            lock_at(bench, target)?;
+            umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)
+                .map_err(|errno| MountError::new("unmount", target, errno))?;
+            mount(Some(bench), target, none(), MsFlags::MS_BIND, none())
+                .map_err(|errno| MountError::new("mount a model at", target, errno))
+        })
+    }
+
+    fn at_bench(
+        &self,
+        work: impl FnOnce(&Path) -> Result<(), MountError>,
+    ) -> Result<(), MountError> {
+        let bench = self.bench()?;
+        let made = work(&bench);
         let _ = umount2(&bench, MntFlags::MNT_DETACH);
         let _ = fs::remove_dir(&bench);
         made
     }
 
-    fn bind_at(bench: &Path, from: &Path, target: &Path) -> Result<(), MountError> {
-        mount(Some(from), bench, none(), MsFlags::MS_BIND, none())
-            .map_err(|errno| MountError::new("mount the model's directory", from, errno))?;
-        // Linux ignores these flags on the first bind.
-        let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | FLAGS;
-        mount(none(), bench, none(), flags, none())
-            .map_err(|errno| MountError::new("make read-only", from, errno))?;
-        create(target)?;
-        let mounted = mount(Some(bench), target, none(), MsFlags::MS_BIND, none());
-        mounted.map_err(|errno| {
-            let _ = fs::remove_dir(target);
-            MountError::new("mount a model at", target, errno)
-        })
+    /// A directory of its own for one mount.
+    fn bench(&self) -> Result<PathBuf, MountError> {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let bench = self.dir.join(number.to_string());
+        if *open && create(&bench).is_ok() {
+            return Ok(bench);
+        }
+        // Not open yet, or somebody on the node has removed the directory that looks empty there.
+        *open = false;
+        self.open()?;
+        *open = true;
+        create(&bench)?;
+        Ok(bench)
     }
 
     fn open(&self) -> Result<(), MountError> {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        if *open {
-            return Ok(());
-        }
         let dir = &self.dir;
         create(dir)?;
         // What a killed plugin left, where it lived in the node's own namespace.
@@ -234,17 +261,26 @@ impl Workshop {
         mount(Some("weightd-csi"), dir, Some("tmpfs"), flags, options)
             .map_err(|errno| MountError::new("mount a directory of its own at", dir, errno))?;
         mount(none(), dir, none(), MsFlags::MS_PRIVATE, none())
-            .map_err(|errno| MountError::new("hide", dir, errno))?;
-        *open = true;
-        Ok(())
+            .map_err(|errno| MountError::new("hide", dir, errno))
     }
 }
 
 impl Drop for Workshop {
     fn drop(&mut self) {
+        // The directory stays: the next plugin may have mounted there already, and removing the name that another
+        // mount namespace has something on takes that away.
         let _ = umount2(&self.dir, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
-        let _ = fs::remove_dir(&self.dir);
     }
+}
+
+/// Mounts `from` at `bench`, locked down.
+fn lock_at(bench: &Path, from: &Path) -> Result<(), MountError> {
+    mount(Some(from), bench, none(), MsFlags::MS_BIND, none())
+        .map_err(|errno| MountError::new("mount the model's directory", from, errno))?;
+    // Linux ignores these flags on the first bind.
+    let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | FLAGS;
+    mount(none(), bench, none(), flags, none())
+        .map_err(|errno| MountError::new("make read-only", from, errno))
 }
 
 /// One directory. Not its parents: where a pod's are gone, so is the pod.
@@ -342,6 +378,12 @@ mod tests {
         assert_eq!(shown(own), Some(Shown::Own));
         let deleted = Some(Shown::Deleted);
         assert_eq!(shown(&format!("/disk{own}//deleted")), deleted);
+        for gone in [
+            "/disk/weightd/staging/1f-2.gone/tree",
+            "/staging/x.gone/tree//deleted",
+        ] {
+            assert_eq!(shown(gone), deleted, "{gone}");
+        }
         for other in [
             "/",
             "/disk/weightd",

@@ -146,38 +146,41 @@ impl Node {
     }
 
     /// `left` says that kubelet gave up on the call. Waiting ends then; a mount that was begun does not.
+    ///
+    /// What is mounted is looked at before the request is: kubelet asks again after its own restart, and would take
+    /// a running pod's volume away for any refusal.
     async fn publish(
         self: Arc<Self>,
         request: csi::NodePublishVolumeRequest,
         left: CancellationToken,
     ) -> Result<(), Status> {
         let deadline = Instant::now() + self.publish_wait;
-        let volume = Volume::parse(request, &self.kubelet)?;
-        let target = volume.target.clone();
+        let target = self.kubelet.target(&request.target_path)?;
         let _turn = self.turn_of_call(&target).await?;
-        let found = self.shown_at(&target).await?;
-        if let Some(Shown::Snapshot(id)) = &found {
-            self.keep_pinned(&target, id).await;
-            return Ok(());
-        }
-        let own = found == Some(Shown::Own);
-        if own && is_complete(&target).await {
-            return Ok(());
-        }
-        let acquired = self.ask(volume, deadline, &left).await;
-        if own {
-            // The daemon has this pod's credentials again. The pod keeps what it has, whatever came of that.
-            if let Err(status) = acquired {
-                words::log(
-                    "volume not complete",
-                    &target.path.display().to_string(),
-                    &status,
-                );
+        let shown = self.shown_at(&target).await?;
+        match &shown {
+            Some(Shown::Snapshot(id)) => {
+                self.keep_pinned(&target, id).await;
+                return Ok(());
             }
-            return Ok(());
+            Some(Shown::Own) => {
+                self.complete(request, &target, deadline, &left).await;
+                return Ok(());
+            }
+            Some(Shown::Deleted) | None => {}
         }
-        let acquired = acquired?;
-        self.show(&target, found.is_some(), &acquired).await?;
+        let volume = Volume::parse(request, &self.kubelet)?;
+        let acquired = self.ask(volume, deadline, &left).await?;
+        if shown.is_some() {
+            self.unmount(&target).await?;
+        }
+        let (from, to) = (PathBuf::from(&acquired.path), target.path.clone());
+        let node = Arc::clone(&self);
+        let mounted = blocking(move || node.workshop.bind(&from, &to)).await;
+        if let Err(error) = mounted {
+            self.let_go(&target).await;
+            return Err(words::of_mount(&error));
+        }
         tracing::info!(
             target = %target.path.display(), model = acquired.model, snapshot = acquired.snapshot,
             complete = acquired.complete, "volume mounted"
@@ -185,41 +188,68 @@ impl Node {
         Ok(())
     }
 
-    /// What the target shows already; `Deleted` for all that must be mounted anew.
-    async fn shown_at(&self, target: &Target) -> Result<Option<Shown>, Status> {
-        let Some(top) = mounted_at(target).await? else {
-            return Ok(None);
-        };
-        let Some(shown) = top.shown_to(&target.holder) else {
-            return Err(foreign(target));
-        };
-        if top.locked_down {
-            return Ok(Some(shown));
+    /// Has the rest of a mounted volume brought, with the pod's credentials, which the daemon may have lost. The
+    /// pod keeps what it has, whatever comes of that.
+    async fn complete(
+        &self,
+        request: csi::NodePublishVolumeRequest,
+        target: &Target,
+        deadline: Instant,
+        left: &CancellationToken,
+    ) {
+        if is_complete(target).await {
+            return;
         }
-        tracing::error!(target = %target.path.display(), "a volume was not locked down, mounting it anew");
-        Ok(Some(Shown::Deleted))
+        let asked = async {
+            let volume = Volume::parse(request, &self.kubelet)?;
+            let pod = volume.pod.clone();
+            let rest = volume.rest();
+            self.acquire(rest, pod.as_ref(), deadline, left).await
+        };
+        if let Err(status) = asked.await {
+            words::log(
+                "volume not completed",
+                &target.path.display().to_string(),
+                &status,
+            );
+        }
     }
 
-    /// Mounts what was acquired, in place of what is there.
-    async fn show(
-        self: &Arc<Self>,
-        target: &Target,
-        replace: bool,
-        acquired: &Acquired,
-    ) -> Result<(), Status> {
-        let (from, to) = (PathBuf::from(&acquired.path), target.path.clone());
-        let node = Arc::clone(self);
-        let mounted = blocking(move || {
-            if replace {
-                mount::unmount(&to)?;
-            }
-            node.workshop.bind(&from, &to)
-        });
-        if let Err(error) = mounted.await {
-            self.let_go(target).await;
-            return Err(words::of_mount(&error));
+    /// What the target shows already.
+    ///
+    /// # Errors
+    ///
+    /// `FAILED_PRECONDITION` if that is none of ours.
+    async fn shown_at(self: &Arc<Self>, target: &Target) -> Result<Option<Shown>, Status> {
+        let all = mounts().await?;
+        let here: Vec<&Mount> = all
+            .iter()
+            .filter(|mount| mount.target == target.path)
+            .collect();
+        let shown: Option<Vec<Shown>> = here
+            .iter()
+            .map(|mount| mount.shown_to(&target.holder))
+            .collect();
+        let shown = shown.ok_or_else(|| foreign(target))?;
+        if here.last().is_some_and(|top| !top.locked_down) {
+            self.lock_down(target).await?;
         }
-        Ok(())
+        Ok(shown.into_iter().last())
+    }
+
+    /// Mounts what the target shows anew, for one that can be written to: a lock that is put on a mount does not
+    /// reach the node.
+    pub(crate) async fn lock_down(self: &Arc<Self>, target: &Target) -> Result<(), Status> {
+        tracing::warn!(target = %target.path.display(), "a volume was not locked down, mounting it anew");
+        let (node, path) = (Arc::clone(self), target.path.clone());
+        let locked = blocking(move || node.workshop.bind_again(&path)).await;
+        locked.map_err(|error| words::of_mount(&error))
+    }
+
+    async fn unmount(&self, target: &Target) -> Result<(), Status> {
+        let path = target.path.clone();
+        let unmounted = blocking(move || mount::unmount(&path)).await;
+        unmounted.map_err(|error| words::of_mount(&error))
     }
 
     /// Sees to it that a mounted snapshot is pinned. If that cannot be had, the mount stays all the same: the
@@ -351,15 +381,13 @@ impl Node {
     }
 
     /// Unmounts and releases a volume. The caller has the turn.
-    pub(crate) async fn take_away(&self, target: &Target) -> Result<(), Status> {
+    pub(crate) async fn take_away(self: &Arc<Self>, target: &Target) -> Result<(), Status> {
         let all = mounts().await?;
         let mut here = all.iter().filter(|mount| mount.target == target.path);
         if here.any(|mount| mount.shown_to(&target.holder).is_none()) {
             return Err(foreign(target));
         }
-        let path = target.path.clone();
-        let unmounted = blocking(move || mount::unmount(&path)).await;
-        unmounted.map_err(|error| words::of_mount(&error))?;
+        self.unmount(target).await?;
         // What is not mounted needs no pin, whatever else lies in the directory.
         self.let_go(target).await;
         let path = target.path.clone();

@@ -4,10 +4,10 @@
 //!
 //! | Found | Done |
 //! |---|---|
-//! | a mount that is not locked down | told: a lock put on here would not reach the node |
+//! | a mount that is not locked down | mounted anew, locked down |
 //! | a mount without its pin | pinned |
 //! | a mount whose pod is gone, for the grace period | unmounted and released |
-//! | a pin without a mount, for the grace period | released |
+//! | a pin without a mount, for the grace period | released, unless the pod is known to live |
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tonic::Status;
 
-use crate::mount::Shown;
+use crate::mount::{Mount, Shown};
 use crate::node::{self, By, Node, words};
 use crate::volume::Target;
 
@@ -67,12 +67,18 @@ struct Reconciler {
     told: Option<String>,
 }
 
-fn is_pinned(pinned: &HashMap<String, Vec<String>>, holder: &str, shown: &Shown) -> bool {
-    match (pinned.get(holder), shown) {
-        (Some(ids), Shown::Snapshot(id)) => ids.contains(id),
-        (Some(_), Shown::Own) => true,
+fn is_pinned(pinned: &HashMap<String, Vec<String>>, target: &Target, mount: &Mount) -> bool {
+    match (pinned.get(&target.holder), mount.shown_to(&target.holder)) {
+        (Some(ids), Some(Shown::Snapshot(id))) => ids.contains(&id),
+        (Some(_), Some(Shown::Own)) => true,
         _ => false,
     }
+}
+
+/// The pod whose volume a holder's name stands for; `None` if it does not say.
+fn pod_of(holder: &str) -> Option<&str> {
+    let (uid, _) = holder.strip_prefix("csi/")?.split_once('.')?;
+    Some(uid)
 }
 
 impl Reconciler {
@@ -85,12 +91,12 @@ impl Reconciler {
             .map(|volume| (volume.holder, volume.snapshots))
             .collect();
         let mounted = self.mounted().await?;
-        let alive = match mounted.is_empty() {
+        let alive = match mounted.is_empty() && pinned.is_empty() {
             true => None,
             false => self.alive().await,
         };
         let mut wrong = HashSet::new();
-        for (target, shown) in &mounted {
+        for (target, mount) in &mounted {
             let gone = alive
                 .as_ref()
                 .is_some_and(|alive| !alive.contains(&target.pod_uid));
@@ -99,15 +105,18 @@ impl Reconciler {
                 if self.overdue(&target.holder) {
                     self.clear(target).await;
                 }
-            } else if !is_pinned(&pinned, &target.holder, shown) {
+            } else if !mount.locked_down || !is_pinned(&pinned, target, mount) {
                 self.keep(target).await?;
             }
         }
         let held: HashSet<&str> = mounted.iter().map(|(at, _)| at.holder.as_str()).collect();
-        for holder in pinned
+        let lost = pinned
             .keys()
-            .filter(|holder| !held.contains(holder.as_str()))
-        {
+            .filter(|holder| !held.contains(holder.as_str()));
+        for holder in lost {
+            if !self.may_be_gone(holder, alive.as_ref()) {
+                continue;
+            }
             wrong.insert(holder.clone());
             if self.overdue(holder) {
                 self.release(holder).await?;
@@ -118,20 +127,23 @@ impl Reconciler {
     }
 
     /// The volumes that are mounted. Whatever else lies in kubelet's directory is none of ours.
-    async fn mounted(&self) -> Result<Vec<(Target, Shown)>, Status> {
+    async fn mounted(&self) -> Result<Vec<(Target, Mount)>, Status> {
         let mounts = node::mounts().await?;
-        let ours = mounts.iter().filter_map(|mount| {
+        let ours = mounts.into_iter().filter_map(|mount| {
             let target = self.node.kubelet.known(&mount.target)?;
-            let shown = mount.shown_to(&target.holder)?;
-            if !mount.locked_down {
-                tracing::error!(
-                    target = %target.path.display(),
-                    "somebody took the locks off a volume: restart its pod"
-                );
-            }
-            Some((target, shown))
+            mount.shown_to(&target.holder)?;
+            Some((target, mount))
         });
         Ok(ours.collect())
+    }
+
+    /// Whether a pin without a mount may be one that nobody needs. A plugin that sees the wrong directory sees no
+    /// mounts at all, and what it released then would be missed by pods that run.
+    fn may_be_gone(&self, holder: &str, alive: Option<&HashSet<String>>) -> bool {
+        match (alive, pod_of(holder)) {
+            (Some(alive), Some(uid)) => !alive.contains(uid),
+            _ => self.node.kubelet.has_pods(),
+        }
     }
 
     /// Pins what is mounted.
@@ -144,12 +156,22 @@ impl Reconciler {
         let Some(mount) = node::mounted_at(target).await? else {
             return Ok(());
         };
-        match mount.shown_to(&target.holder) {
-            Some(Shown::Snapshot(id)) => self.node.keep_pinned(target, &id).await,
-            _ => tracing::error!(
+        let Some(shown) = mount.shown_to(&target.holder) else {
+            return Ok(());
+        };
+        match shown {
+            Shown::Snapshot(id) => self.node.keep_pinned(target, &id).await,
+            // It is pinned as long as its directory is there.
+            Shown::Own => {}
+            Shown::Deleted => tracing::error!(
                 target = %target.path.display(), root = %mount.root.display(),
                 "a mounted volume is not in the store any more: restart its pod"
             ),
+        }
+        if !mount.locked_down
+            && let Err(status) = self.node.lock_down(target).await
+        {
+            tracing::error!(target = %target.path.display(), error = status.message(), "not locked down");
         }
         Ok(())
     }

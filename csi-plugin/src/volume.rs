@@ -70,6 +70,12 @@ impl KubeletDir {
         })
     }
 
+    /// Whether kubelet has pods here. A node always has: the plugin is in one.
+    #[must_use]
+    pub fn has_pods(&self) -> bool {
+        std::fs::read_dir(&self.pods).is_ok_and(|mut entries| entries.next().is_some())
+    }
+
     /// Checks a target path.
     ///
     /// # Errors
@@ -235,7 +241,21 @@ impl Volume {
             at_once: self.at_once,
             namespace: self.pod.map(|pod| pod.namespace).unwrap_or_default(),
             credentials: Some(self.credentials),
+            mounted: false,
         })
+    }
+
+    /// What to ask the daemon for when the volume's own directory is mounted, but not complete: the rest of what
+    /// it was opened for, whatever attributes and annotations say by now.
+    #[must_use]
+    pub fn rest(self) -> AcquireRequest {
+        AcquireRequest {
+            holder: self.target.holder,
+            namespace: self.pod.map(|pod| pod.namespace).unwrap_or_default(),
+            credentials: Some(self.credentials),
+            mounted: true,
+            ..AcquireRequest::default()
+        }
     }
 }
 

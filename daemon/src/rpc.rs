@@ -336,8 +336,17 @@ impl Control for ControlService {
         use wire::acquire_event::Event;
         let mut request = request.into_inner();
         let given = convert::Given::take(&mut request);
-        let (model, patterns) = parse(request.model.take())?;
-        let request = convert::volume_request(request, model, patterns, given)?;
+        let request = if request.mounted {
+            let holder = holder(&request.holder)?;
+            let opened = self.0.volumes.opened_for(&holder).await;
+            let opened = opened.map_err(|error| of_store(&error))?.ok_or_else(|| {
+                Status::not_found(format!("{holder} has no directory of its own any more"))
+            })?;
+            convert::mounted_request(request, holder, opened, given)?
+        } else {
+            let (model, patterns) = parse(request.model.take())?;
+            convert::volume_request(request, model, patterns, given)?
+        };
         let (events, stream) = mpsc::channel(EVENTS);
         let engine = Arc::clone(&self.0);
         tokio::spawn(async move {

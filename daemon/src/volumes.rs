@@ -199,6 +199,16 @@ impl Volumes {
         Err(AcquireError::Evicted { model })
     }
 
+    /// What the holder's own directory was opened for, if it has one.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Io`].
+    pub async fn opened_for(&self, holder: &Holder) -> Result<Option<VolumeRecord>, StoreError> {
+        let (store, holder) = (Arc::clone(&self.store), holder.clone());
+        blocking::run(move || store.opened_volume(&holder)).await
+    }
+
     /// The revision that a volume was opened with, if it is asked for at once and again. It may be mounted
     /// by now: a name that has moved meanwhile must not take the tree away below the mount.
     async fn opened(&self, request: &VolumeRequest) -> Result<Option<Revision>, AcquireError> {

@@ -296,7 +296,10 @@ impl Node {
         command.arg(format!("--endpoint=unix://{}", socket.display()));
         command.args(["--node-id", "node-1", "--daemon-socket"]);
         command.arg(self.path("weightd.sock"));
-        command.arg("--kubelet-dir").arg(self.path("kubelet"));
+        let option = |name: &str| self.plugin_options.iter().any(|own| own.starts_with(name));
+        if !option("--kubelet-dir") {
+            command.arg("--kubelet-dir").arg(self.path("kubelet"));
+        }
         command.args(&self.plugin_options).env_clear();
         let own = self.plugin_environment.iter();
         command.envs(own.map(|(key, value)| (key.as_str(), value.as_str())));

@@ -177,11 +177,7 @@ async fn a_model_that_was_withdrawn_stays_mounted_while_its_origin_is_away() {
     let ask = Ask::model("pod-1", MODEL);
     node.publish(&ask).await.expect("published");
     let stored = snapshot(&node).join("tree/model-00001-of-00002.safetensors");
-    let mut bytes = fs::read(&stored).expect("readable");
-    bytes[500_000] ^= 1;
-    let mode = fs::Permissions::from_mode;
-    fs::set_permissions(&stored, mode(0o644)).expect("ours");
-    fs::write(&stored, bytes).expect("damaged");
+    damage(&stored);
     let away = Fault::new(FaultKind::NoAnswer);
     node.hub.fault(away.clone().on(Origin::Hub).forever());
     node.hub.fault(away.on(Origin::Cdn).forever());
@@ -314,4 +310,153 @@ async fn a_store_that_the_plugin_does_not_see_is_named_with_the_remedy() {
         "{status}"
     );
     assert!(node.pins().is_empty(), "{:?}", node.pins());
+}
+
+#[tokio::test]
+async fn a_volume_that_is_mounted_is_left_to_its_pod_whatever_the_next_call_says() {
+    let mut node = Node::running().await;
+    let ask = Ask::model("pod-1", MODEL);
+    node.publish(&ask).await.expect("published");
+    let before = node.mounted();
+
+    // Kubelet asks again after its restart; the Secret has been edited, the plugin knows fewer attributes.
+    let edited = ask.clone().secret("HF_TOKEN", "x");
+    node.publish(&edited).await.expect("still published");
+    let unknown = Ask::new("pod-1", &[("source", MODEL), ("colour", "red")]);
+    node.publish(&unknown).await.expect("still published");
+    node.kill_daemon();
+    node.publish(&ask).await.expect("still published");
+
+    assert_eq!(node.mounted(), before);
+}
+
+#[tokio::test]
+async fn a_volume_whose_model_was_removed_all_the_same_can_be_taken_away_and_mounted_anew() {
+    let mut node = Node::running().await;
+    for (pod, layout) in [("pod-1", "flat"), ("pod-2", "hf-cache")] {
+        let ask = Ask::new(pod, &[("source", MODEL), ("layout", layout)]);
+        node.publish(&ask).await.expect("published");
+        // As somebody with the disk in hand could do.
+        node.kill_plugin();
+        let mut control = node.control().await.expect("the daemon answers");
+        let release = weightd_proto::weightd::v1::ReleaseRequest {
+            holder: format!("csi/{pod}.model"),
+        };
+        control.release(release).await.expect("released");
+        node.weightctl(&["rm", MODEL]);
+        node.start_plugin().await;
+
+        node.mounts(&ask).await;
+
+        assert_eq!(node.mounted().len(), 1, "{:?}", node.mounted());
+        let shown = tree(&node.tree(pod));
+        let shard = contents(1)
+            .into_iter()
+            .find(|(path, _)| path.ends_with(".safetensors"));
+        let (_, bytes) = shard.expect("a shard");
+        assert!(shown.iter().any(|(_, found)| *found == bytes), "{layout}");
+        node.unpublish(pod).await.expect("unpublished");
+        assert!(node.mounted().is_empty() && node.pins().is_empty());
+    }
+}
+
+#[tokio::test]
+async fn a_mounted_volume_goes_on_with_what_it_was_opened_for() {
+    let mut node = Node::running().await;
+    let ask = Ask::new("pod-1", &[("source", MODEL), ("layout", "hf-cache")]);
+    node.publish(&ask).await.expect("published");
+    let sha = node.hub.sha("org/model", "main").expect("a commit");
+    let dir = node
+        .tree("pod-1")
+        .join("models--org--model/snapshots")
+        .join(&sha);
+    let stored = snapshot(&node).join("tree/model-00001-of-00002.safetensors");
+    damage(&stored);
+    let verified = node.weightctl_command(&["verify"]).output();
+    assert!(!verified.expect("it runs").status.success());
+    assert!(!node.tree("pod-1").join(".weightd/complete").exists());
+    let next = weightd_standin::Repo::new("org/model").commit("main", crate::node::files(2));
+    node.hub.add_repo(next);
+
+    node.kill_plugin();
+    node.start_plugin().await;
+    node.mounts(&ask).await;
+
+    let whole = async || dir.is_dir() && tree(&dir).len() >= contents(1).len() - 1;
+    node.until("the pod has its files", whole).await;
+    assert_eq!(node.mounted().len(), 1, "{:?}", node.mounted());
+    assert!(dir.join("config.json").exists(), "its tree was taken away");
+}
+
+/// One bit, on disk.
+fn damage(path: &Path) {
+    let mut bytes = fs::read(path).expect("readable");
+    bytes[500_000] ^= 1;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o644)).expect("ours");
+    fs::write(path, bytes).expect("damaged");
+}
+
+#[tokio::test]
+async fn a_volume_that_lost_its_locks_gets_them_back() {
+    let mut node = Node::running().await;
+    node.publish(&Ask::model("pod-1", MODEL))
+        .await
+        .expect("published");
+    node.kill_plugin();
+    let unlocked = node
+        .inside("mount")
+        .args(["-o", "remount,bind,rw,suid,dev,exec"])
+        .arg(node.target("pod-1"))
+        .status();
+    assert!(unlocked.expect("mount runs").success());
+    assert!(node.mounted()[0].contains(" rw,"), "{:?}", node.mounted());
+
+    node.start_plugin().await;
+
+    let locked = async || {
+        let mounted = node.mounted();
+        mounted.len() == 1 && mounted[0].contains(" ro,nosuid,nodev,noexec")
+    };
+    node.until("the node sees it locked down", locked).await;
+    assert_eq!(tree(&node.tree("pod-1")), contents(1));
+    assert_eq!(node.pins(), ["pins/csi/pod-1.model"]);
+}
+
+#[tokio::test]
+async fn a_directory_of_the_plugins_own_that_somebody_removed_is_made_again() {
+    let node = Node::running().await;
+    node.publish(&Ask::model("pod-1", MODEL))
+        .await
+        .expect("published");
+    // It looks empty on the node: what is mounted there only the plugin sees.
+    fs::remove_dir(node.path("csi.sock.mounts")).expect("removed");
+
+    node.publish(&Ask::model("pod-2", MODEL))
+        .await
+        .expect("published");
+
+    assert_eq!(tree(&node.tree("pod-2")), contents(1));
+    assert_eq!(node.mounted().len(), 2, "{:?}", node.mounted());
+}
+
+#[tokio::test]
+async fn a_plugin_that_looks_at_the_wrong_directory_releases_nothing() {
+    let mut node = Node::running().await;
+    for (pod, layout) in [("pod-1", "flat"), ("pod-2", "hf-cache")] {
+        let ask = Ask::new(pod, &[("source", MODEL), ("layout", layout)]);
+        node.publish(&ask).await.expect("published");
+    }
+    let before = node.pins();
+    node.kill_plugin();
+    let wrong = node.path("another");
+    fs::create_dir_all(wrong.join("pods")).expect("a directory");
+
+    node.plugin_options = vec![
+        "--grace=1".to_owned(),
+        format!("--kubelet-dir={}", wrong.display()),
+    ];
+    node.start_plugin().await;
+
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    assert_eq!(node.pins(), before, "{}", node.logs());
 }

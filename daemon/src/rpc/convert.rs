@@ -8,7 +8,9 @@ use tonic::Status;
 use weightd_core::fetch::{Fetched, Phase, Plan, Progress};
 use weightd_core::model::{ModelRef, Patterns};
 use weightd_core::source::LeftOut;
-use weightd_core::store::{Collected, Layout, Snapshot, Usage, Verified, Volume};
+use weightd_core::store::{
+    Collected, Holder, Layout, Snapshot, Usage, Verified, Volume, VolumeRecord,
+};
 use weightd_proto::weightd::v1 as wire;
 
 use crate::access::{Credentials, Requester};
@@ -170,6 +172,26 @@ pub(super) fn volume_request(
         patterns,
         layout,
         at_once: request.at_once,
+        requester: Requester {
+            namespace: request.namespace,
+            credentials: given.credentials()?,
+        },
+    })
+}
+
+/// The request for the rest of what a mounted volume was opened for.
+pub(super) fn mounted_request(
+    request: wire::AcquireRequest,
+    holder: Holder,
+    opened: VolumeRecord,
+    given: Given,
+) -> Result<VolumeRequest, Status> {
+    Ok(VolumeRequest {
+        holder,
+        model: opened.model,
+        patterns: opened.patterns,
+        layout: opened.layout,
+        at_once: true,
         requester: Requester {
             namespace: request.namespace,
             credentials: given.credentials()?,

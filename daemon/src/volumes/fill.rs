@@ -133,6 +133,11 @@ impl Volumes {
                 }));
             }
         };
+        let withdrawn = id.clone();
+        self.on_store(&record.model, move |store| {
+            store.withdraw_if_believed(&withdrawn)
+        })
+        .await?;
         self.bring(record, task.grant.as_ref(), &mut show).await?;
         let (holder, done) = (task.holder.clone(), record.clone());
         // Its pin was written when the volume was opened. A pin that is written now may come after the

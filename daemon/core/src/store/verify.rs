@@ -291,8 +291,12 @@ impl Store {
         Ok(())
     }
 
-    /// Withdraws a snapshot for which an uploader's word was taken.
-    pub(super) fn withdraw_if_believed(&self, id: &SnapshotId) -> Result<(), StoreError> {
+    /// Withdraws a snapshot for which an uploader's word was taken: it is no pod's.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Io`].
+    pub fn withdraw_if_believed(&self, id: &SnapshotId) -> Result<(), StoreError> {
         let believed = || {
             let published = self.published(id)?;
             Ok::<_, StoreError>(published.is_some_and(|(manifest, _)| manifest.is_believed()))
