@@ -11,7 +11,7 @@
 //! A name in the tree stands for verified bytes from the moment it can be seen: files are linked, or
 //! written elsewhere and renamed. The directory is locked by who fills or removes it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs::{self, File, Permissions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -159,7 +159,7 @@ impl Store {
         let Some((dir, record, _lock)) = self.locked_volume_of(holder, id)? else {
             return Ok(());
         };
-        link_all(&dir, tree, &record.model_dir(&dir.join("tree")))
+        self.link_all(&dir, tree, &record.model_dir(&dir.join("tree")))
     }
 
     /// Shows all of the published snapshot `id` in a volume, and says so in it. Nothing happens if the
@@ -177,7 +177,7 @@ impl Store {
             return Err(StoreError::Missing(id.to_string()));
         };
         let tree = dir.join("tree");
-        link_all(&dir, &snapshot.join("tree"), &record.model_dir(&tree))?;
+        self.link_all(&dir, &snapshot.join("tree"), &record.model_dir(&tree))?;
         if record.layout == Layout::HfCache {
             record.write_hf_cache(&dir, &tree, &manifest)?;
         }
@@ -320,6 +320,47 @@ impl Store {
         delete_gone(&gone)
     }
 
+    /// Links what is below `from` to the same paths below `to`, each by one step. `dir` is the volume's own.
+    fn link_all(&self, dir: &Path, from: &Path, to: &Path) -> Result<(), StoreError> {
+        let damaged = self.inodes_set_aside()?;
+        for (path, inode) in files(from)? {
+            // A lease may have linked it before it was found damaged. Who finds that out after this look waits for
+            // the volume's lock, and takes it out again.
+            if damaged.contains(&inode) {
+                continue;
+            }
+            let (from, to) = (from.join(&path), to.join(&path));
+            match fs::symlink_metadata(&to) {
+                Ok(found) if found.ino() == inode => continue,
+                Ok(_) => {}
+                Err(_) => {
+                    let parent = to.parent().unwrap_or(&to);
+                    make_dirs(parent).at("create", parent)?;
+                }
+            }
+            let fresh = dir.join(format!("{}.link", uuid::Uuid::new_v4()));
+            match fs::hard_link(&from, &fresh) {
+                Ok(()) => {}
+                // A lease that ended: whatever it published is linked from there.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(error).at("link", &fresh),
+            }
+            let renamed = fs::rename(&fresh, &to).at("rename into", &to);
+            let _ = fs::remove_file(&fresh);
+            renamed?;
+        }
+        Ok(())
+    }
+
+    fn inodes_set_aside(&self) -> Result<HashSet<u64>, StoreError> {
+        let damaged = self.root.join("damaged");
+        let inodes = entries(&damaged)?.into_iter().filter_map(|entry| {
+            let metadata = entry.metadata().ok()?;
+            Some(metadata.ino())
+        });
+        Ok(inodes.collect())
+    }
+
     fn volume_dir(&self, holder: &Holder) -> PathBuf {
         self.root.join("volumes").join(holder.as_str())
     }
@@ -456,32 +497,6 @@ fn files(tree: &Path) -> Result<Vec<(PathBuf, u64)>, StoreError> {
         }
     }
     Ok(found)
-}
-
-/// Links what is below `from` to the same paths below `to`, each by one step. `dir` is the volume's own.
-fn link_all(dir: &Path, from: &Path, to: &Path) -> Result<(), StoreError> {
-    for (path, inode) in files(from)? {
-        let (from, to) = (from.join(&path), to.join(&path));
-        match fs::symlink_metadata(&to) {
-            Ok(found) if found.ino() == inode => continue,
-            Ok(_) => {}
-            Err(_) => {
-                let parent = to.parent().unwrap_or(&to);
-                make_dirs(parent).at("create", parent)?;
-            }
-        }
-        let fresh = dir.join(format!("{}.link", uuid::Uuid::new_v4()));
-        match fs::hard_link(&from, &fresh) {
-            Ok(()) => {}
-            // A lease that ended: whatever it published is linked from there.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            Err(error) => return Err(error).at("link", &fresh),
-        }
-        let renamed = fs::rename(&fresh, &to).at("rename into", &to);
-        let _ = fs::remove_file(&fresh);
-        renamed?;
-    }
-    Ok(())
 }
 
 fn put_below(dir: &Path, path: &Path, bytes: &[u8]) -> Result<(), StoreError> {

@@ -142,3 +142,29 @@ fn a_volume_that_cannot_be_completed_does_not_keep_a_snapshot_from_others() {
     assert_eq!(fs::read(tree.join("a")).unwrap(), b"abc");
     assert!(tree.join(".weightd/complete").exists());
 }
+
+#[test]
+fn what_was_set_aside_does_not_come_back_into_a_volume() {
+    let (_dir, store) = store();
+    // Bytes that are here, in a fetch under way whose files a mounted volume shows.
+    publish(&store, "old", &[("a", b"good bytes")]);
+    let digest = Digest::of(b"good bytes");
+    let lease = store.lease().unwrap();
+    let path = RelPath::new("a").unwrap();
+    assert!(lease.add(digest, 10, &path).unwrap());
+    let (holder, record) = (holder(), record("new"));
+    let id = record.snapshot();
+    let tree = store.open_volume(&holder, &record).unwrap();
+    store.fill_volume(&holder, &id, &lease.tree()).unwrap();
+    assert!(tree.join("a").exists());
+    let blob = store.blob_path(digest);
+    fs::set_permissions(&blob, fs::Permissions::from_mode(0o644)).unwrap();
+    fs::write(&blob, b"evil bytes").unwrap();
+    let verified = store.verify(None, &mut |_| ControlFlow::Continue(()));
+    assert_eq!(verified.unwrap().damaged.len(), 1);
+    assert!(!tree.join("a").exists());
+
+    store.fill_volume(&holder, &id, &lease.tree()).unwrap();
+
+    assert!(!tree.join("a").exists(), "it is back");
+}
