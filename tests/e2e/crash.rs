@@ -372,7 +372,7 @@ fn a_removal_that_dies_at_any_step_leaves_only_what_the_collector_takes() {
 fn a_fetch_after_a_removal_that_died_takes_what_is_still_here() {
     let scene = Scene::small();
     scene.fetches_whole(&["prefetch", MODEL]);
-    assert!(scene.dies_at(&["rm", MODEL], "evict.deleted", 1));
+    assert!(scene.dies_at(&["rm", MODEL], "evict.renamed", 1));
     scene.hub.clear_requests();
     scene.fetches_whole(&["prefetch", MODEL]);
     assert_eq!(scene.hub.cdn_bytes_sent(), 0);
@@ -383,7 +383,7 @@ fn a_collection_that_dies_at_any_step_is_finished_by_the_next() {
     for point in OF_A_COLLECTION {
         let scene = Scene::small();
         scene.fetches_whole(&["prefetch", MODEL]);
-        assert!(scene.dies_at(&["rm", MODEL], "evict.deleted", 1));
+        assert!(scene.dies_at(&["rm", MODEL], "evict.renamed", 1));
         assert!(
             scene.dies_at(&["gc"], point, 2),
             "a collection does not pass {point}"
