@@ -287,10 +287,15 @@ fn remove_if_still_there(file: File, path: &Path, bytes: u64) -> Result<Option<u
         return Ok(None);
     }
     // The journal first: with the part the claim is free, and its next owner writes another.
-    remove_if_there(&path.with_extension("journal"))?;
-    remove_if_there(&path.with_extension("rewrite"))?;
+    remove_journal(path)?;
     remove_if_there(path)?;
     Ok(Some(bytes))
+}
+
+/// Removes the journal of a part, and a newer one that somebody died over.
+pub(super) fn remove_journal(part: &Path) -> Result<(), StoreError> {
+    remove_if_there(&part.with_extension("rewrite"))?;
+    remove_if_there(&part.with_extension("journal"))
 }
 
 #[cfg(test)]
