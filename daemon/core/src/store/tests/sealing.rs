@@ -174,3 +174,19 @@ fn a_part_that_is_a_symlink_is_not_followed() {
     assert!(matches!(claimed, Err(StoreError::Io { .. })));
     assert_eq!(fs::read(&elsewhere).unwrap(), b"years of work");
 }
+
+#[test]
+fn a_download_that_was_given_up_is_not_hashed_on() {
+    let (_dir, store) = store();
+    let bytes = vec![7; 3 << 20];
+    let file = remote("a", &bytes);
+    let part = mine(&store, &file);
+    part.write(0, &[Bytes::from(bytes)]).unwrap();
+    drop(part);
+    let part = mine(&store, &file);
+    part.close();
+
+    let hashed = part.hash(Verifier::new(file.size, file.claims));
+
+    assert!(matches!(hashed, Err(HashError::Closed)), "{hashed:?}");
+}
