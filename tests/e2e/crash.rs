@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -268,6 +268,7 @@ const OF_A_REMOVAL: &[&str] = &[
 const OF_A_COLLECTION: &[&str] = &["collect.renamed", "collect.deleted"];
 const OF_A_VERIFICATION: &[&str] = &["verify.set_aside", "verify.withdrawn"];
 const OF_A_REPAIR: &[&str] = &["repair.linked"];
+const OF_A_TORN_PART: &[&str] = &["journal.written", "journal.renamed"];
 // The tests of volumes die there (tests/volumes/recovery.rs).
 const OF_A_VOLUME: &[&str] = &[
     "volume.created",
@@ -285,6 +286,7 @@ fn every_fault_point_has_a_test_that_dies_there() {
         OF_A_COLLECTION,
         OF_A_VERIFICATION,
         OF_A_REPAIR,
+        OF_A_TORN_PART,
         OF_A_VOLUME,
     ];
     let tested: BTreeSet<&str> = tested.concat().into_iter().collect();
@@ -349,6 +351,47 @@ fn a_fetch_that_dies_at_a_step_that_comes_again_goes_on_with_what_it_had() {
 }
 
 #[test]
+fn a_fetch_that_dies_over_a_torn_block_fetches_only_that_again() {
+    for point in OF_A_TORN_PART {
+        let scene = Scene::new(Model::new(0, 1..=1, 8 * MIB));
+        let root = scene.sandbox.root();
+        assert!(
+            scene.dies_at(PREFETCH, "part.journaled", 6),
+            "too few blocks"
+        );
+        let entries = fs::read_dir(root.join("staging")).expect("a folder");
+        let paths = entries.map(|entry| entry.expect("an entry").path());
+        let of_shard = |path: &PathBuf| {
+            let large = fs::metadata(path).is_ok_and(|found| found.len() == 8 * MIB);
+            large && path.extension().is_some_and(|ending| ending == "part")
+        };
+        let part = paths.into_iter().find(of_shard).expect("the shard's part");
+        // The first record of its journal: where its block begins, and how long it is.
+        let journal = fs::read(part.with_extension("journal")).expect("a journal");
+        let number = |at: usize| u64::from_le_bytes(journal[at..at + 8].try_into().expect("8"));
+        let file = fs::File::options()
+            .write(true)
+            .open(&part)
+            .expect("it is ours");
+        let lost = vec![0; number(8) as usize];
+        file.write_all_at(&lost, number(0)).expect("written");
+        let missing = scene.model.missing_from(&root);
+
+        assert!(scene.dies_at(PREFETCH, point, 1), "nothing passes {point}");
+
+        let left = scene.model.missing_from(&root);
+        assert!(
+            left <= missing + number(8),
+            "{point}: {left} bytes are missing"
+        );
+        scene.hub.clear_requests();
+        scene.fetches_whole(PREFETCH);
+        assert!(scene.hub.cdn_bytes_sent() <= missing + number(8), "{point}");
+        scene.leaves_nothing_in_flight();
+    }
+}
+
+#[test]
 fn a_removal_that_dies_at_any_step_leaves_only_what_the_collector_takes() {
     for point in OF_A_REMOVAL {
         let scene = Scene::small();
@@ -372,7 +415,7 @@ fn a_removal_that_dies_at_any_step_leaves_only_what_the_collector_takes() {
 fn a_fetch_after_a_removal_that_died_takes_what_is_still_here() {
     let scene = Scene::small();
     scene.fetches_whole(&["prefetch", MODEL]);
-    assert!(scene.dies_at(&["rm", MODEL], "evict.deleted", 1));
+    assert!(scene.dies_at(&["rm", MODEL], "evict.renamed", 1));
     scene.hub.clear_requests();
     scene.fetches_whole(&["prefetch", MODEL]);
     assert_eq!(scene.hub.cdn_bytes_sent(), 0);
@@ -383,7 +426,7 @@ fn a_collection_that_dies_at_any_step_is_finished_by_the_next() {
     for point in OF_A_COLLECTION {
         let scene = Scene::small();
         scene.fetches_whole(&["prefetch", MODEL]);
-        assert!(scene.dies_at(&["rm", MODEL], "evict.deleted", 1));
+        assert!(scene.dies_at(&["rm", MODEL], "evict.renamed", 1));
         assert!(
             scene.dies_at(&["gc"], point, 2),
             "a collection does not pass {point}"

@@ -360,6 +360,52 @@ fn a_killed_daemon_goes_on_by_itself_where_it_was() {
 }
 
 #[test]
+fn a_killed_daemon_does_not_fetch_finished_files_of_an_unfinished_model_again() {
+    let daemon = Daemon::new();
+    let size = 4 << 20;
+    let mut files = Files::new();
+    for (seed, name) in [(1, "a.bin"), (2, "b.bin"), (3, "c.bin")] {
+        files = files.lfs_pattern(name, Pattern::Noise(seed), size, None);
+    }
+    daemon
+        .hub
+        .add_repo(Repo::new("org/parts").commit("main", files));
+    let last = "/c.bin";
+    let stuck = Fault::new(FaultKind::Slow {
+        bytes_per_second: 1000,
+    });
+    daemon.hub.fault(stuck.on(Origin::Cdn).path(last).forever());
+    let mut running = daemon.start();
+    let words = ["prefetch", "hf://org/parts", "--include", "*"];
+    let _client = Running::start(daemon.client().args(words));
+    wait_until("two files are here", || {
+        let status = daemon.ask(&["status"]);
+        status.code == Some(0) && status.json()["fetches"][0]["files_done"].as_u64() == Some(2)
+    });
+    running.kill();
+    daemon.hub.clear_faults();
+    daemon.hub.clear_requests();
+
+    let _running = daemon.start();
+
+    wait_until("the model is here", || {
+        daemon
+            .ask(&["path", "hf://org/parts", "--include", "*"])
+            .code
+            == Some(0)
+    });
+    assert_sound(&daemon.sandbox.root());
+    let requests = daemon.hub.requests();
+    let of_cdn = requests
+        .iter()
+        .filter(|request| request.origin == Origin::Cdn);
+    let again: Vec<_> = of_cdn
+        .filter(|request| !request.path.contains(last))
+        .collect();
+    assert!(again.is_empty(), "{again:?}");
+}
+
+#[test]
 fn sigterm_stops_a_fetch_at_once_and_the_next_start_ends_it() {
     let daemon = Daemon::new();
     let slow = Fault::new(FaultKind::Slow {

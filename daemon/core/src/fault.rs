@@ -14,6 +14,8 @@ pub const POINTS: &[&str] = &[
     "part.allocated",
     "part.written",
     "part.journaled",
+    "journal.written",
+    "journal.renamed",
     "seal.synced",
     "seal.linked",
     "seal.renamed",

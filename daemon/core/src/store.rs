@@ -26,8 +26,10 @@
 //! 2. Lease first, look second. A lease is a snapshot in the making: a directory of hard links,
 //!    locked by its maker. A blob is linked there *before* it gets its name, so at no moment does it
 //!    look unused; who removes holds `lock` alone, who links holds it shared.
-//! 3. A blob with link count 1 is garbage: no snapshot and no lease needs it. A snapshot that is
-//!    pinned or leased is never evicted.
+//! 3. A blob with link count 1 is needed by no snapshot and no lease. It goes with the snapshot that
+//!    needed it last; if it was of a fetch that was not finished, it is garbage like its parts: once
+//!    nobody went on with it for long, or under pressure. A snapshot that is pinned or leased is never
+//!    evicted.
 //! 4. Several processes may use one store. Work on a blob is claimed by locking its `.part`; the lock
 //!    dies with its process, and the next one goes on from the journal.
 //! 5. Volumes mount from the local tier only.
@@ -49,6 +51,7 @@ use crate::model::RelPath;
 
 mod blob;
 mod claim;
+mod collect;
 mod evict;
 mod pin;
 mod record;
@@ -59,7 +62,8 @@ mod verify;
 mod volume;
 
 pub use blob::{Claim, Claimed, HashError, Part, StageKey, Watch};
-pub use evict::{Collected, Partial, Room, RoomPlan, Usage};
+pub use collect::{Collected, Partial};
+pub use evict::{Room, RoomPlan, Usage};
 pub use pin::{Holder, HolderError};
 pub use record::FetchRecord;
 pub use snapshot::{Lease, Snapshot, SnapshotLease};
@@ -84,7 +88,8 @@ pub struct StoreLimits {
     pub low_percent: u8,
     /// The most bytes that the store itself may hold.
     pub max_bytes: Option<u64>,
-    /// A partial download that nobody works on is garbage after this time.
+    /// A partial download that nobody works on is garbage after this time; so are the blobs of an
+    /// unfinished fetch, and a snapshot that was withdrawn.
     pub keep_partial: Duration,
 }
 

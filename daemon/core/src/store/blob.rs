@@ -15,6 +15,7 @@ use self::journal::{Journal, Record, checksum};
 use self::ranges::Ranges;
 use super::evict::remove_if_there;
 use super::snapshot::Lease;
+use super::verify::is_damage;
 use super::{At, Store, StoreError, claim, sync_parent};
 use crate::digest::{ClaimMismatch, Digest, Verifier};
 use crate::fault;
@@ -29,6 +30,10 @@ pub(super) use self::stage::{can_resume, preallocate};
 
 /// Bytes that are hashed at a time: they stay in a core's second-level cache.
 const HASH_BYTES: usize = 256 << 10;
+
+/// Bytes that are hashed at most between two looks at whether the download was given up: 8 MiB, some
+/// milliseconds.
+const RUN_BYTES: u64 = 8 << 20;
 
 /// The bytes of one blob in flight, claimed for this process until it is dropped.
 #[derive(Debug)]
@@ -236,7 +241,7 @@ impl Part {
                         let next = self.next_resumed(at).min(end).min(at + HASH_BYTES as u64);
                         let piece =
                             &mut buffer[..usize::try_from(next - at).expect("at most HASH_BYTES")];
-                        self.file.read_exact_at(piece, at).at("read", &self.path)?;
+                        self.read_fresh(piece, at)?;
                         verifier.update(piece);
                         next
                     }
@@ -246,15 +251,30 @@ impl Part {
         Ok(verifier.finish()?)
     }
 
+    /// Reads bytes that this process wrote: no journal tells others which of them the disk lost.
+    fn read_fresh(&self, piece: &mut [u8], at: u64) -> Result<(), HashError> {
+        match self.file.read_exact_at(piece, at) {
+            Err(error) if is_damage(&error) => {
+                tracing::warn!(path = %self.path.display(), %error, "part unreadable, discarded");
+                let bytes = self.present();
+                self.discard()?;
+                Err(HashError::Torn { bytes })
+            }
+            read => Ok(read.at("read", &self.path)?),
+        }
+    }
+
+    /// Waits for bytes at `at`; returns where some that can be hashed without another look end.
     fn wait_for_run(&self, at: u64) -> Result<u64, HashError> {
         let mut state = self.state();
         loop {
-            let end = state.present.end_of_run(at);
-            if end > at {
-                return Ok(end);
-            }
+            // First: whoever gave up waits for the claim, or somebody else does.
             if state.closed {
                 return Err(HashError::Closed);
+            }
+            let end = state.present.end_of_run(at).min(at + RUN_BYTES);
+            if end > at {
+                return Ok(end);
             }
             state = self.wait(state);
         }
@@ -286,10 +306,7 @@ impl Part {
             usize::try_from(record.range.end - record.range.start).expect("a block fits in memory");
         buffer.resize(length.max(HASH_BYTES), 0);
         let block = &mut buffer[..length];
-        self.file
-            .read_exact_at(block, record.range.start)
-            .at("read", &self.path)?;
-        if checksum([&*block]) != record.crc {
+        if !self.holds(record, block)? {
             return Err(HashError::Torn {
                 bytes: self.strike_torn_off()?,
             });
@@ -298,36 +315,45 @@ impl Part {
         Ok(record.range.end)
     }
 
+    /// Reads the bytes of `record` into `block`. False if they are not those that were written.
+    fn holds(&self, record: &Record, block: &mut [u8]) -> Result<bool, StoreError> {
+        match self.file.read_exact_at(block, record.range.start) {
+            Err(error) if is_damage(&error) => {
+                let (path, at) = (self.path.display(), record.range.start);
+                tracing::warn!(%path, at, %error, "block of an earlier run unreadable");
+                Ok(false)
+            }
+            read => {
+                read.at("read", &self.path)?;
+                Ok(checksum([&*block]) == record.crc)
+            }
+        }
+    }
+
     /// Rewrites the journal without the blocks of an earlier process that are not on disk as promised.
-    fn strike_torn_off(&self) -> Result<u64, StoreError> {
+    fn strike_torn_off(&self) -> Result<u64, HashError> {
         let mut journal = self.journal.lock().expect("no holder of this lock panics");
         let journal_path = Journal::path_of(&self.path);
         let (_, all) =
             Journal::open(journal_path, self.size).at("read the journal of", &self.path)?;
-        let before: u64 = all
-            .iter()
-            .map(|record| record.range.end - record.range.start)
-            .sum();
         let mut sound = Vec::with_capacity(all.len());
+        let mut torn = 0;
         for record in all {
-            let length = usize::try_from(record.range.end - record.range.start)
-                .expect("a block fits in memory");
-            let mut block = vec![0; length];
-            self.file
-                .read_exact_at(&mut block, record.range.start)
-                .at("read", &self.path)?;
-            if checksum([&block[..]]) == record.crc {
+            if self.state().closed {
+                return Err(HashError::Closed);
+            }
+            let bytes = record.range.end - record.range.start;
+            let mut block = vec![0; usize::try_from(bytes).expect("a block fits in memory")];
+            if self.holds(&record, &mut block)? {
                 sound.push(record);
+            } else {
+                torn += bytes;
             }
         }
         journal
             .rewrite(&sound)
             .at("write the journal of", &self.path)?;
-        Ok(before
-            - sound
-                .iter()
-                .map(|record| record.range.end - record.range.start)
-                .sum::<u64>())
+        Ok(torn)
     }
 
     /// Gives the bytes of `file`, which hash to `digest`, their name, and links them into `lease`.
@@ -467,6 +493,92 @@ mod tests {
     use crate::digest::Claims;
     use crate::model::RelPath;
 
+    fn part(path: PathBuf, file: File, size: u64, resumed: Vec<Record>) -> Part {
+        let (mut journal, _) = Journal::open(Journal::path_of(&path), size).unwrap();
+        let mut state = State::default();
+        for record in &resumed {
+            journal.append(record).unwrap();
+            state.present.insert(record.range.clone());
+        }
+        Part {
+            file: claim::try_exclusive(file).unwrap().unwrap(),
+            path,
+            size,
+            journal: Mutex::new(journal),
+            resumed,
+            state: Mutex::new(state),
+            grown: Condvar::new(),
+        }
+    }
+
+    /// A part whose bytes the disk does not give: the one kind of file that can be had anywhere and says
+    /// EIO is a process's memory, where nothing is mapped.
+    fn unreadable(dir: &std::path::Path, resumed: Vec<Record>) -> Part {
+        let name = "0".repeat(64);
+        let file = File::open("/proc/self/mem").unwrap();
+        part(dir.join(format!("{name}.part")), file, 10, resumed)
+    }
+
+    #[test]
+    fn an_unreadable_block_of_an_earlier_run_is_struck_off() {
+        let dir = tempfile::tempdir().unwrap();
+        let records = [0..5, 5..10].map(|range| Record { range, crc: 7 });
+        let part = unreadable(dir.path(), records.to_vec());
+
+        let hashed = part.hash(Verifier::new(10, Claims::default()));
+
+        assert!(
+            matches!(hashed, Err(HashError::Torn { bytes: 10 })),
+            "{hashed:?}"
+        );
+        assert_eq!(Journal::bytes_at(&Journal::path_of(&part.path)), 0);
+    }
+
+    #[test]
+    fn unreadable_bytes_of_this_run_are_discarded() {
+        let dir = tempfile::tempdir().unwrap();
+        let part = unreadable(dir.path(), Vec::new());
+        part.state().present.insert(0..10);
+
+        let hashed = part.hash(Verifier::new(10, Claims::default()));
+
+        assert!(
+            matches!(hashed, Err(HashError::Torn { bytes: 10 })),
+            "{hashed:?}"
+        );
+        assert!(part.state().closed, "writers go on");
+    }
+
+    #[test]
+    fn a_download_that_is_given_up_does_not_look_for_all_torn_blocks() {
+        let dir = tempfile::tempdir().unwrap();
+        let record = Record {
+            range: 0..5,
+            crc: 7,
+        };
+        let part = unreadable(dir.path(), vec![record]);
+        part.close();
+
+        let struck = part.strike_torn_off();
+
+        assert!(matches!(struck, Err(HashError::Closed)), "{struck:?}");
+        let journaled = Journal::bytes_at(&Journal::path_of(&part.path));
+        assert_eq!(journaled, 5, "a block was struck off unseen");
+    }
+
+    #[test]
+    fn the_hasher_looks_often_at_whether_it_is_still_wanted() {
+        let dir = tempfile::tempdir().unwrap();
+        let part = unreadable(dir.path(), Vec::new());
+        part.state().present.insert(0..1 << 40);
+
+        assert_eq!(part.wait_for_run(0).unwrap(), RUN_BYTES);
+        part.close();
+        let closed = part.wait_for_run(RUN_BYTES);
+
+        assert!(matches!(closed, Err(HashError::Closed)), "{closed:?}");
+    }
+
     #[test]
     fn bytes_that_cannot_be_synced_are_not_gone_on_with() {
         let dir = tempfile::tempdir().unwrap();
@@ -475,16 +587,7 @@ mod tests {
         let path = store.staging().join("x.part");
         nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
         let fifo = File::options().read(true).write(true).open(&path).unwrap();
-        let (journal, _) = Journal::open(Journal::path_of(&path), 0).unwrap();
-        let part = Part {
-            file: claim::try_exclusive(fifo).unwrap().unwrap(),
-            path,
-            size: 0,
-            journal: Mutex::new(journal),
-            resumed: Vec::new(),
-            state: Mutex::default(),
-            grown: Condvar::new(),
-        };
+        let part = part(path, fifo, 0, Vec::new());
         let file = RemoteFile {
             path: RelPath::new("a").unwrap(),
             size: 0,

@@ -1,4 +1,4 @@
-//! Space: what is used, what can be freed, and freeing it.
+//! Space: what is used, what can be freed, and setting some aside.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -6,10 +6,11 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
+use super::collect::{Garbage, Partial};
 use super::snapshot::Snapshot;
-use super::{At, Store, StoreError, blob, claim, entries, sync_parent, verify};
+use super::{At, Store, StoreError, blob, claim, entries};
 use crate::fault;
 use crate::model::SnapshotId;
 
@@ -59,28 +60,6 @@ pub struct Room {
     pub freed: u64,
 }
 
-/// Which partial downloads to remove.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Partial {
-    /// Those that nobody went on with for a long time.
-    Stale,
-    /// All that nobody works on now.
-    All,
-}
-
-/// What a collection removed.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Collected {
-    /// Blobs that nothing needed.
-    pub blobs: u64,
-    /// Bytes freed in all.
-    pub bytes: u64,
-    /// Partial downloads.
-    pub partial: u64,
-    /// Snapshots that were never finished, or withdrawn and not fetched again.
-    pub trees: u64,
-}
-
 pub(super) struct Space {
     pub(super) capacity: u64,
     pub(super) free: u64,
@@ -91,9 +70,11 @@ pub(super) struct Space {
 
 /// A blob on disk.
 pub(super) struct Stored {
-    path: PathBuf,
-    bytes: u64,
-    links: u64,
+    pub(super) path: PathBuf,
+    pub(super) bytes: u64,
+    pub(super) links: u64,
+    /// When it last got or lost a name.
+    pub(super) changed: SystemTime,
 }
 
 impl Store {
@@ -155,6 +136,7 @@ impl Store {
                         path,
                         bytes: metadata.len(),
                         links: metadata.nlink(),
+                        changed: changed_at(&metadata),
                     };
                     blobs.insert(metadata.ino(), stored);
                 }
@@ -281,10 +263,13 @@ impl Store {
         // Until the room has its blocks: else the next to ask would count on the same bytes.
         let _reserve = self.lock_reserve()?;
         let alone = self.lock_alone()?;
-        self.sweep_staging(Partial::Stale)?;
+        let mut garbage = Garbage::default();
+        self.sweep_staging(Partial::Stale, &mut garbage)?;
+        garbage.delete()?;
         let needed = needed();
         let mut plan = self.plan(needed)?;
-        if plan.short > 0 && self.sweep_withdrawn()? > 0 {
+        if plan.short > 0 && self.sweep_withdrawn(Partial::All, &mut garbage)? > 0 {
+            garbage.delete()?;
             plan = self.plan(needed)?;
         }
         if plan.short > 0 {
@@ -296,15 +281,13 @@ impl Store {
             });
         }
         for id in &plan.evict {
-            self.evict(id)?;
+            self.evict(id, &mut garbage)?;
         }
-        let garbage = if plan.freed > 0 || !plan.evict.is_empty() {
-            self.move_garbage()?.0
-        } else {
-            Vec::new()
-        };
+        if plan.freed > 0 || !plan.evict.is_empty() {
+            self.move_garbage(Partial::All, &mut garbage)?;
+        }
         drop(alone);
-        delete_all(&garbage)?;
+        garbage.delete()?;
         let mut room = self.room(needed)?;
         room.evicted = plan.evict;
         room.freed = plan.freed;
@@ -346,29 +329,6 @@ impl Store {
         Ok(room)
     }
 
-    /// Deletes a snapshot's tree. The caller holds the store's lock alone.
-    fn evict(&self, id: &SnapshotId) -> Result<(), StoreError> {
-        let gone = self.move_away(&self.snapshot_dir(id))?;
-        fault::point("evict.renamed");
-        fs::remove_dir_all(&gone).at("delete", &gone)?;
-        fault::point("evict.deleted");
-        Ok(())
-    }
-
-    /// Moves the blobs that nothing needs out of their place. The caller holds the store's lock alone.
-    fn move_garbage(&self) -> Result<(Vec<PathBuf>, u64), StoreError> {
-        let mut moved = Vec::new();
-        let mut bytes = 0;
-        for blob in self.blobs()?.into_values().filter(|blob| blob.links == 1) {
-            let gone = self.staging_name("gone");
-            fs::rename(&blob.path, &gone).at("rename", &blob.path)?;
-            fault::point("collect.renamed");
-            bytes += blob.bytes;
-            moved.push(gone);
-        }
-        Ok((moved, bytes))
-    }
-
     /// Removes a snapshot that nothing holds, and the blobs that only it needed. Returns bytes freed.
     ///
     /// # Errors
@@ -387,135 +347,12 @@ impl Store {
                 holders,
             });
         }
-        self.evict(id)?;
-        let (garbage, bytes) = self.move_garbage()?;
+        let mut garbage = Garbage::default();
+        self.evict(id, &mut garbage)?;
         self.drop_stale_refs()?;
         drop(alone);
-        delete_all(&garbage)?;
-        Ok(bytes)
-    }
-
-    /// Removes what nothing needs: blobs, dead work of killed processes, stale partial downloads.
-    ///
-    /// # Errors
-    ///
-    /// [`StoreError::Io`].
-    pub fn collect(&self, partial: Partial) -> Result<Collected, StoreError> {
-        let alone = self.lock_alone()?;
-        let mut collected = self.sweep_staging(partial)?;
-        collected.trees += self.sweep_withdrawn()?;
-        let (garbage, bytes) = self.move_garbage()?;
-        collected.blobs = garbage.len() as u64;
-        collected.bytes += bytes;
-        self.drop_temporaries()?;
-        self.drop_stale_refs()?;
-        self.drop_stale_known()?;
-        drop(alone);
-        delete_all(&garbage)?;
-        collected.bytes += self.sweep_damaged(partial)?;
-        Ok(collected)
-    }
-
-    /// Deletes what was set aside long ago. Returns bytes freed.
-    fn sweep_damaged(&self, partial: Partial) -> Result<u64, StoreError> {
-        let mut bytes = 0;
-        for entry in entries(&self.root.join("damaged"))? {
-            let path = entry.path();
-            // With another name it is still in a tree: this one tells `finish_set_aside` so.
-            let Some(metadata) = look(&path)?.filter(|found| found.nlink() == 1) else {
-                continue;
-            };
-            // Not by the file's own time, which is when it was downloaded.
-            let stale = match verify::set_aside_at(&path) {
-                Some(time) => self.is_long_ago(time),
-                None => self.is_stale(&path)?,
-            };
-            if partial == Partial::All || stale {
-                remove_if_there(&path)?;
-                bytes += metadata.len();
-            }
-        }
-        Ok(bytes)
-    }
-
-    /// Deletes what killed processes left in `staging`, and partial downloads.
-    fn sweep_staging(&self, partial: Partial) -> Result<Collected, StoreError> {
-        let mut swept = Collected::default();
-        for entry in entries(&self.staging())? {
-            let path = entry.path();
-            let bytes = look(&path)?.map_or(0, |metadata| metadata.blocks() * 512);
-            match path.extension().and_then(|ending| ending.to_str()) {
-                Some("tree") if lock_dir(&path)?.is_some() => {
-                    fs::remove_dir_all(&path).at("delete", &path)?;
-                    swept.trees += 1;
-                }
-                Some("gone") if path.is_dir() => delete_gone(&path)?,
-                Some("gone" | "probe") => remove_if_there(&path)?,
-                Some("room") => swept.bytes += remove_unlocked(&path, bytes)?.unwrap_or(0),
-                Some("part") => self.sweep_part(&path, partial, &mut swept)?,
-                Some("journal") if !path.with_extension("part").exists() => remove_if_there(&path)?,
-                _ => {}
-            }
-        }
-        Ok(swept)
-    }
-
-    fn sweep_part(
-        &self,
-        path: &Path,
-        partial: Partial,
-        swept: &mut Collected,
-    ) -> Result<(), StoreError> {
-        let Some(metadata) = look(path)? else {
-            return Ok(());
-        };
-        // A blob that kept this name as its process died: without it, eviction frees the bytes.
-        let sealed = self.is_sealed(&metadata)?;
-        let garbage = sealed || partial == Partial::All || !blob::can_resume(path);
-        if !garbage && !self.is_stale(path)? {
-            return Ok(());
-        }
-        let bytes = remove_unlocked(path, metadata.blocks() * 512)?;
-        if let Some(bytes) = bytes.filter(|_| !sealed) {
-            swept.partial += 1;
-            swept.bytes += bytes;
-        }
-        Ok(())
-    }
-
-    /// Deletes snapshots that were withdrawn, or lost their manifest, unless somebody holds them.
-    fn sweep_withdrawn(&self) -> Result<u64, StoreError> {
-        let mut swept = 0;
-        for entry in entries(&self.root.join("snapshots"))? {
-            let dir = entry.path();
-            let Some(id) = entry
-                .file_name()
-                .to_str()
-                .and_then(|name| name.parse::<SnapshotId>().ok())
-            else {
-                continue;
-            };
-            if self.published(&id)?.is_none()
-                && self.holders(&id)?.is_empty()
-                && lock_dir(&dir)?.is_some()
-            {
-                self.evict(&id)?;
-                swept += 1;
-            }
-        }
-        Ok(swept)
-    }
-
-    fn is_stale(&self, path: &Path) -> Result<bool, StoreError> {
-        let Some(metadata) = look(path)? else {
-            return Ok(false);
-        };
-        Ok(self.is_long_ago(metadata.modified().at("look at", path)?))
-    }
-
-    fn is_long_ago(&self, time: SystemTime) -> bool {
-        let age = SystemTime::now().duration_since(time).unwrap_or_default();
-        age > self.limits.keep_partial
+        garbage.delete()?;
+        Ok(garbage.bytes)
     }
 }
 
@@ -571,8 +408,16 @@ fn inodes(snapshot: &Snapshot) -> impl Iterator<Item = u64> {
     })
 }
 
+/// When a file, its names included, was last changed.
+fn changed_at(file: &fs::Metadata) -> SystemTime {
+    // Before 1970 is as good as 1970: both are long ago.
+    let seconds = Duration::from_secs(u64::try_from(file.ctime()).unwrap_or(0));
+    let nanoseconds = Duration::from_nanos(u64::try_from(file.ctime_nsec()).unwrap_or(0));
+    SystemTime::UNIX_EPOCH + seconds + nanoseconds
+}
+
 /// Locks a directory alone; `None` if a lease holds it, or it is gone.
-fn lock_dir(path: &Path) -> Result<Option<claim::Held>, StoreError> {
+pub(super) fn lock_dir(path: &Path) -> Result<Option<claim::Held>, StoreError> {
     match File::open(path) {
         Ok(file) => claim::try_exclusive(file).at("lock", path),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -608,61 +453,5 @@ pub(super) fn remove_if_there(path: &Path) -> Result<(), StoreError> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error).at("remove", path),
         _ => Ok(()),
-    }
-}
-
-/// Removes a file, and its journal, unless a process holds its lock. Returns `bytes` if it is gone.
-fn remove_unlocked(path: &Path, bytes: u64) -> Result<Option<u64>, StoreError> {
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error).at("open", path),
-    };
-    remove_if_still_there(file, path, bytes)
-}
-
-fn remove_if_still_there(file: File, path: &Path, bytes: u64) -> Result<Option<u64>, StoreError> {
-    let Some(lock) = claim::try_exclusive(file).at("lock", path)? else {
-        return Ok(None);
-    };
-    // It may have been sealed, and the next owner's file lie there now.
-    if !claim::still_at(&lock, path).at("look at", path)? {
-        return Ok(None);
-    }
-    // The journal first: with the part the claim is free, and its next owner writes another.
-    remove_if_there(&path.with_extension("journal"))?;
-    remove_if_there(path)?;
-    Ok(Some(bytes))
-}
-
-/// Deletes blobs that were moved out of their place: it may take long, so no lock is held.
-fn delete_all(paths: &[PathBuf]) -> Result<(), StoreError> {
-    for path in paths {
-        remove_if_there(path)?;
-        fault::point("collect.deleted");
-    }
-    match paths.first() {
-        Some(path) => sync_parent(path).at("sync the folder of", path),
-        None => Ok(()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_file_that_took_the_place_of_a_sealed_one_is_not_removed() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("x.part");
-        fs::write(&path, "sealed").unwrap();
-        let opened = File::open(&path).unwrap();
-        fs::rename(&path, dir.path().join("blob")).unwrap();
-        fs::write(&path, "another owner's").unwrap();
-
-        let removed = remove_if_still_there(opened, &path, 6).unwrap();
-
-        assert_eq!(removed, None);
-        assert_eq!(fs::read(&path).unwrap(), b"another owner's");
     }
 }

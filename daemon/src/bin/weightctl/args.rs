@@ -162,7 +162,7 @@ other formats and pickle files are left out. JSON: one object a line for each mo
     },
     /// Remove what no model needs: unused bytes, dead and stale partial downloads
     Gc {
-        /// Also partial downloads that could still be resumed, and damaged bytes that were set aside
+        /// Also what unfinished downloads could still go on with, and damaged bytes that were set aside
         #[arg(long)]
         partial: bool,
     },

@@ -6,9 +6,12 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::ops::Range;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
+
+use crate::fault;
 
 /// Bytes of one record: offset, length, checksum of the bytes, checksum of the record; little endian.
 const RECORD: usize = 32;
@@ -76,12 +79,7 @@ impl Journal {
     /// Opens the journal and reads the records of a file of `size` bytes. Torn and overlapping records
     /// are left out.
     pub(super) fn open(path: PathBuf, size: u64) -> io::Result<(Self, Vec<Record>)> {
-        let mut file = File::options()
-            .read(true)
-            .append(true)
-            .create(true)
-            .mode(0o600)
-            .open(&path)?;
+        let mut file = open_to_append(&path)?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes)?;
         let mut records: Vec<Record> = bytes.chunks(RECORD).filter_map(Record::decode).collect();
@@ -102,15 +100,30 @@ impl Journal {
     /// Starts over with just these records.
     pub(super) fn rewrite(&mut self, records: &[Record]) -> io::Result<()> {
         let bytes: Vec<u8> = records.iter().flat_map(Record::encode).collect();
-        self.file.set_len(0)?;
-        self.file.write_all(&bytes)
+        // Beside the old one: whoever dies on the way, or has no room, leaves that whole.
+        let path = self.path.with_extension("rewrite");
+        remove_if_there(&path)?;
+        let written = open_to_append(&path).and_then(|mut file| {
+            file.write_all(&bytes)?;
+            file.sync_data()?;
+            fault::point("journal.written");
+            fs::rename(&path, &self.path)?;
+            Ok(file)
+        });
+        match written {
+            Ok(file) => self.file = file,
+            Err(error) => {
+                let _ = fs::remove_file(&path);
+                return Err(error);
+            }
+        }
+        fault::point("journal.renamed");
+        Ok(())
     }
 
     pub(super) fn remove(&self) -> io::Result<()> {
-        match fs::remove_file(&self.path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
-        }
+        remove_if_there(&self.path.with_extension("rewrite"))?;
+        remove_if_there(&self.path)
     }
 
     /// How many bytes the journal at `path` says are on disk. Another process may be writing it.
@@ -123,7 +136,18 @@ impl Journal {
     }
 }
 
-use std::os::unix::fs::OpenOptionsExt;
+fn open_to_append(path: &Path) -> io::Result<File> {
+    let mut options = File::options();
+    options.read(true).append(true).create(true).mode(0o600);
+    options.open(path)
+}
+
+fn remove_if_there(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
 
 #[cfg(test)]
 mod tests {
@@ -151,6 +175,36 @@ mod tests {
         journal.append(&record(20..30)).unwrap();
         let (_, records) = Journal::open(path, 100).unwrap();
         assert_eq!(records, [record(0..10), record(20..30), record(50..60)]);
+    }
+
+    #[test]
+    fn a_rewrite_leaves_the_old_journal_whole_until_the_new_one_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.journal");
+        let records = [0..10, 10..20, 20..30].map(|range| Record { range, crc: 7 });
+        let (mut journal, _) = Journal::open(path.clone(), 100).unwrap();
+        journal.append(&records[0]).unwrap();
+        journal.append(&records[1]).unwrap();
+        let mut old = File::open(&path).unwrap();
+        // Nobody has room for a new one.
+        let blocked = path.with_extension("rewrite");
+        fs::create_dir(&blocked).unwrap();
+        journal.rewrite(&records[1..2]).expect_err("rewrote it");
+        assert_eq!(Journal::bytes_at(&path), 20);
+        fs::remove_dir(&blocked).unwrap();
+        // What a killed process left.
+        fs::write(&blocked, [1; 20]).unwrap();
+
+        journal.rewrite(&records[1..2]).unwrap();
+        journal.append(&records[2]).unwrap();
+
+        let mut bytes = Vec::new();
+        old.read_to_end(&mut bytes).unwrap();
+        assert_eq!(bytes.len(), 2 * RECORD, "the old one was emptied in place");
+        let (journal, found) = Journal::open(path, 100).unwrap();
+        assert_eq!(found, records[1..]);
+        journal.remove().unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     #[test]

@@ -10,6 +10,7 @@ use std::sync::{Arc, Condvar, Mutex};
 
 use nix::fcntl::{FallocateFlags, OFlag};
 
+use super::super::collect::remove_journal;
 use super::super::evict::remove_if_there;
 use super::super::{At, Store, StoreError, claim, entries, is_full};
 use super::journal::Journal;
@@ -176,7 +177,7 @@ impl Store {
         if !self.is_sealed(&part.metadata().at("look at", path)?)? {
             return Ok(false);
         }
-        remove_if_there(&Journal::path_of(path))?;
+        remove_journal(path)?;
         remove_if_there(path)?;
         Ok(true)
     }

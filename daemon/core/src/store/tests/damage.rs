@@ -197,9 +197,9 @@ fn a_snapshot_with_a_damaged_manifest_is_collected_unless_it_is_held() {
     store.pin(&id, &holder).unwrap();
     fs::write(store.snapshot_dir(&id).join("manifest.json"), "{}").unwrap();
 
-    assert_eq!(store.collect(Partial::Stale).unwrap().trees, 0);
+    assert_eq!(store.collect(Partial::All).unwrap().trees, 0);
     store.unpin(&id, &holder).unwrap();
-    assert_eq!(store.collect(Partial::Stale).unwrap().trees, 1);
+    assert_eq!(store.collect(Partial::All).unwrap().trees, 1);
 }
 
 #[test]
@@ -233,4 +233,19 @@ fn a_pin_that_cannot_be_looked_at_is_not_taken_for_none() {
 
     assert!(store.remove(&id).is_err());
     assert!(store.root().join("snapshots").join(id.as_str()).exists());
+}
+
+#[test]
+fn the_good_blobs_of_a_withdrawn_snapshot_stay_for_its_mending() {
+    let (_dir, store) = store();
+    let good = [7; 9000];
+    let id = publish(&store, "m", &[("bad", b"bad soon"), ("good", &good)]);
+    damage(&store.blob_path(Digest::of(b"bad soon")), b"bad now!");
+    assert_eq!(verify(&store).damaged[0].snapshots, [id]);
+
+    let young = store.collect(Partial::Stale).unwrap();
+    assert!(store.has(Digest::of(&good)), "{young:?}");
+    let all = store.collect(Partial::All).unwrap();
+    assert_eq!((all.trees, all.blobs, all.bytes), (1, 1, 9008), "{all:?}");
+    assert!(!store.has(Digest::of(&good)));
 }

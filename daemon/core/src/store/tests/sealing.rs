@@ -129,7 +129,7 @@ fn a_blob_that_kept_its_name_as_a_part_is_collected_as_one() {
     let (_dir, store) = store();
     sealed_with_a_part_left(&store, &named("a", "s3:x", b"bytes"), b"bytes");
 
-    let collected = store.collect(Partial::Stale).unwrap();
+    let collected = store.collect(Partial::All).unwrap();
 
     assert_eq!(
         (collected.partial, collected.blobs, collected.bytes),
@@ -173,4 +173,20 @@ fn a_part_that_is_a_symlink_is_not_followed() {
 
     assert!(matches!(claimed, Err(StoreError::Io { .. })));
     assert_eq!(fs::read(&elsewhere).unwrap(), b"years of work");
+}
+
+#[test]
+fn a_download_that_was_given_up_is_not_hashed_on() {
+    let (_dir, store) = store();
+    let bytes = vec![7; 3 << 20];
+    let file = remote("a", &bytes);
+    let part = mine(&store, &file);
+    part.write(0, &[Bytes::from(bytes)]).unwrap();
+    drop(part);
+    let part = mine(&store, &file);
+    part.close();
+
+    let hashed = part.hash(Verifier::new(file.size, file.claims));
+
+    assert!(matches!(hashed, Err(HashError::Closed)), "{hashed:?}");
 }

@@ -141,3 +141,78 @@ fn snapshots_that_hold_no_bytes_of_their_own_go_when_inodes_are_short() {
         assert_eq!(none, RoomPlan::default(), "{inodes} inodes, {free} free");
     }
 }
+
+/// As a fetch leaves a file that was stopped or killed after it sealed it.
+fn unfinished(store: &Arc<Store>, bytes: &[u8]) -> Digest {
+    let lease = store.lease().unwrap();
+    seal(store, &lease, "a", bytes).sha256
+}
+
+/// `store`, where what nobody goes on with is garbage at once.
+fn impatient(store: &Store) -> Arc<Store> {
+    let limits = StoreLimits {
+        keep_partial: Duration::ZERO,
+        ..*store.limits()
+    };
+    Store::open(store.root(), limits).unwrap()
+}
+
+#[test]
+fn what_an_unfinished_fetch_sealed_is_kept_as_long_as_its_parts() {
+    let (_dir, store) = store();
+    let sealed = unfinished(&store, b"sealed");
+    // The bytes may be older than the last try.
+    let long_ago = std::time::UNIX_EPOCH + Duration::from_secs(1000);
+    let blob = File::open(store.blob_path(sealed)).unwrap();
+    blob.set_modified(long_ago).unwrap();
+
+    let young = store.collect(Partial::Stale).unwrap();
+    assert_eq!((young.blobs, young.bytes), (0, 0));
+    assert!(store.has(sealed));
+    let stale = impatient(&store).collect(Partial::Stale).unwrap();
+    assert_eq!((stale.blobs, stale.bytes), (1, 6));
+}
+
+#[test]
+fn what_an_unfinished_fetch_sealed_goes_before_another_is_refused() {
+    let (_dir, store) = small_store();
+    let sealed = unfinished(&store, &[1; 8000]);
+
+    let room = store.reserve(|| 5000).unwrap();
+
+    assert_eq!(room.freed, 8000);
+    assert!(!store.has(sealed));
+}
+
+#[test]
+fn a_removal_frees_what_only_its_snapshot_needs_and_nothing_else() {
+    let (_dir, store) = store();
+    let sealed = unfinished(&store, b"sealed");
+    let files: [(&str, &[u8]); 4] = [
+        ("own", b"1"),
+        ("twice", b"22"),
+        ("sub/twice", b"22"),
+        ("shared", b"333"),
+    ];
+    let id = publish(&store, "m", &files);
+    publish(&store, "other", &[("shared", b"333")]);
+
+    assert_eq!(store.remove(&id).unwrap(), 3);
+
+    let left = [&b"1"[..], b"22", b"333"].map(|bytes| store.has(Digest::of(bytes)));
+    assert_eq!(left, [false, false, true]);
+    assert!(store.has(sealed));
+}
+
+#[test]
+fn a_removal_that_died_is_finished_by_the_next_collection() {
+    let (_dir, store) = store();
+    let id = publish(&store, "m", &[("a", b"abc")]);
+    fs::rename(store.snapshot_dir(&id), store.staging_name("gone")).unwrap();
+
+    let collected = store.collect(Partial::Stale).unwrap();
+
+    assert_eq!((collected.blobs, collected.bytes), (1, 3));
+    assert!(!store.has(Digest::of(b"abc")));
+    assert_eq!(names(&store.staging()), [""; 0]);
+}
