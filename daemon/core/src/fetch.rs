@@ -168,12 +168,20 @@ impl FetchError {
     /// Whether the same request may succeed later, with nothing done about it.
     fn may_pass(&self) -> bool {
         match self {
-            Self::Source { source, .. } => matches!(source, SourceError::Unavailable { .. }),
+            Self::Source { model, source } => match source {
+                SourceError::Unavailable { .. } => true,
+                // A fixed revision is listed as it was before: the change stays.
+                SourceError::Changed { .. } => model.pinned().is_none(),
+                SourceError::NotFound { .. }
+                | SourceError::Denied { .. }
+                | SourceError::NoRanges { .. }
+                | SourceError::Invalid { .. } => false,
+            },
+            Self::Store { source, .. } => {
+                source.is_no_space() || matches!(**source, StoreError::SetAside(_))
+            }
             Self::Stopped { .. } => true,
-            Self::Store { .. }
-            | Self::Mismatch { .. }
-            | Self::Broken { .. }
-            | Self::Defect { .. } => false,
+            Self::Mismatch { .. } | Self::Broken { .. } | Self::Defect { .. } => false,
         }
     }
 }
@@ -428,8 +436,8 @@ impl Fetcher {
         ending.outcome = outcome;
     }
 
-    /// Brings the snapshot, on record: if this process dies, the next one goes on. It does so as well if
-    /// the origin is only unavailable.
+    /// Brings the snapshot, on record: if this process dies, the next one goes on. It does so as well
+    /// after what may pass, such as an origin that is away or a full disk.
     async fn recorded(&self, job: &Job) -> Result<Fetched, FetchError> {
         let record = job.request.clone();
         job.on_store(&self.shared.store, move |store| store.record_fetch(&record))
@@ -508,12 +516,12 @@ impl Fetcher {
         Ok(count)
     }
 
-    /// Fetches, and again after pauses that grow from 5 s to 5 min, as long as the origin is only
-    /// unavailable.
+    /// Fetches, and again after pauses that grow from 5 s to 5 min, as long as it fails for what may
+    /// pass: the origin is away or changed meanwhile, the disk is full, a blob was set aside.
     ///
     /// # Errors
     ///
-    /// [`FetchError`]; that the origin is unavailable only if this process is ending.
+    /// [`FetchError`]; one that may pass only if this process is ending.
     pub async fn keep_trying(
         self: &Arc<Self>,
         request: FetchRequest,

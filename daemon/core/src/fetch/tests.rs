@@ -16,6 +16,7 @@ use crate::model::{Patterns, Revision};
 use crate::source::{ByteStream, Listing, RemoteFile, Source, Vouched, select};
 use crate::store::StoreLimits;
 
+mod again;
 mod room;
 
 /// What goes wrong with one read.

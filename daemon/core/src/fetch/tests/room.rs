@@ -3,7 +3,7 @@
 use super::*;
 
 /// A fetcher into a store that may hold so many bytes.
-fn within(root: &std::path::Path, origin: &Arc<Origin>, max_bytes: u64) -> Arc<Fetcher> {
+pub(super) fn within(root: &std::path::Path, origin: &Arc<Origin>, max_bytes: u64) -> Arc<Fetcher> {
     let store_limits = StoreLimits {
         max_bytes: Some(max_bytes),
         ..StoreLimits::default()
