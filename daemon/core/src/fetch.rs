@@ -498,14 +498,19 @@ impl Fetcher {
         &self.shared.store
     }
 
-    /// Goes on with the fetches that an earlier process left under way, for as long as it takes; returns
-    /// how many.
+    /// Goes on with the fetches that an earlier process left under way, for as long as it takes, but for
+    /// those that were asked for too long ago; returns how many.
     ///
     /// # Errors
     ///
     /// [`StoreError::Io`].
     pub fn resume(self: &Arc<Self>) -> Result<usize, StoreError> {
-        let records = self.shared.store.recorded_fetches()?;
+        let store = &self.shared.store;
+        let forgotten = store.forget_stale_fetches()?;
+        if forgotten > 0 {
+            tracing::info!(forgotten, "fetches asked for too long ago are not resumed");
+        }
+        let records = store.recorded_fetches()?;
         let count = records.len();
         for record in records {
             tracing::info!(model = %record.model, "resuming a fetch");

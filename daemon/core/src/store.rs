@@ -84,7 +84,8 @@ pub struct StoreLimits {
     pub low_percent: u8,
     /// The most bytes that the store itself may hold.
     pub max_bytes: Option<u64>,
-    /// A partial download that nobody works on is garbage after this time.
+    /// A partial download that nobody works on is garbage after this time. So is the record of a fetch that
+    /// was asked for so long ago.
     pub keep_partial: Duration,
 }
 

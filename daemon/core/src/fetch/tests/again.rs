@@ -84,3 +84,34 @@ fn what_was_set_aside_meanwhile_is_fetched_again() {
     let missing = of(StoreError::Missing("it".to_owned()));
     assert!(aside.may_pass() && !missing.may_pass());
 }
+
+#[tokio::test]
+async fn a_fetch_that_was_asked_for_too_long_ago_is_not_resumed_however_often_it_was_tried() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::new(&[("a.bin", content(5000))]);
+    let store = Store::open(dir.path(), StoreLimits::default()).unwrap();
+    let away = |n: usize| SourceError::Unavailable {
+        what: format!("host {n}"),
+        detail: String::new(),
+        retry_after: None,
+    };
+    let sources = Arc::new(Failing(origin, Mutex::new((0..100).map(away).collect())));
+    let fetcher = Fetcher::new(store, sources, limits(), Arc::default());
+    let model = "hf://org/later".parse().unwrap();
+    let later = FetchRequest {
+        model,
+        ..request(&["*"])
+    };
+    fetcher.fetch(request(&["*"])).wait().await.unwrap_err();
+    let record = fs::read_dir(dir.path().join("fetches")).unwrap().next();
+    let record = fs::File::open(record.unwrap().unwrap().path()).unwrap();
+    let long_ago = std::time::SystemTime::now() - 2 * StoreLimits::default().keep_partial;
+    record.set_modified(long_ago).unwrap();
+
+    fetcher.fetch(request(&["*"])).wait().await.unwrap_err();
+    fetcher.fetch(later.clone()).wait().await.unwrap_err();
+
+    assert_eq!(fetcher.resume().unwrap(), 1);
+    assert_eq!(fetcher.store().recorded_fetches().unwrap(), [later]);
+    fetcher.shutdown(Duration::from_secs(5)).await;
+}
