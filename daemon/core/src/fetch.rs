@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use futures::FutureExt;
-use tokio::sync::{Semaphore, SemaphorePermit, watch};
+use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -30,17 +30,20 @@ mod plan;
 mod progress;
 #[cfg(test)]
 mod tests;
+mod turns;
 
 pub use check::CheckError;
 pub use plan::{Plan, PlannedFile};
 pub use progress::{Phase, Progress};
 
 use progress::Meter;
+use turns::FileTurns;
 
 /// What is asked for.
 pub type FetchRequest = FetchRecord;
 
-/// How much a fetcher does at once, and how patient it is. The limits hold for all its fetches together.
+/// How much a fetcher does at once, and how patient it is. The limits hold for all its fetches together, but
+/// for that of the files.
 #[derive(Debug, Clone, Copy)]
 pub struct FetchLimits {
     /// Ranged reads at once.
@@ -51,7 +54,9 @@ pub struct FetchLimits {
     ///
     /// Source: Amazon S3 whitepaper, "Use byte-range fetches", which advises 8 or 16 MB.
     pub part_bytes: u64,
-    /// Files larger than a part that are worked on at once: each has a hasher, which takes one core.
+    /// Files larger than a part that one fetch works on at once: each has a hasher, which takes one core. All
+    /// fetches together may work on four times as many, so that one whose origin is away, and whose files
+    /// wait, keeps no other from starting.
     pub files_in_flight: usize,
     /// Tries of one range, or one question, that bring nothing.
     pub attempts: u32,
@@ -206,33 +211,6 @@ struct Shared {
     turns: FileTurns,
 }
 
-/// How many files are worked on at once. Each has a hasher, which holds a thread of the blocking pool:
-/// without a bound for all fetches together the hashers would leave none to the writes they wait for.
-struct FileTurns {
-    part_bytes: u64,
-    small: Semaphore,
-    large: Semaphore,
-}
-
-impl FileTurns {
-    fn new(limits: &FetchLimits) -> Self {
-        Self {
-            part_bytes: limits.part_bytes,
-            // Small files wait for their origin more than for bytes, so more of them go at once.
-            small: Semaphore::new(limits.connections.min(32)),
-            large: Semaphore::new(limits.files_in_flight),
-        }
-    }
-
-    async fn acquire(&self, file_bytes: u64) -> SemaphorePermit<'_> {
-        let turns = match file_bytes > self.part_bytes {
-            true => &self.large,
-            false => &self.small,
-        };
-        turns.acquire().await.expect("nobody closes it")
-    }
-}
-
 type Outcome = Option<Result<Fetched, FetchError>>;
 
 /// One fetch under way.
@@ -368,7 +346,7 @@ impl Fetcher {
             shared: Arc::new(Shared {
                 store,
                 sources,
-                turns: FileTurns::new(&limits),
+                turns: FileTurns::of_all(&limits),
                 limits,
                 metrics,
                 connections,

@@ -267,7 +267,7 @@ impl Fetcher {
             meter: Arc::clone(&job.meter),
         };
         // Of its own, too: the files of this fetch must not stand in line before those of all others.
-        let own = FileTurns::new(&self.shared.limits);
+        let own = FileTurns::of_one(&self.shared.limits);
         let mut fetches: FuturesUnordered<_> = missing
             .into_iter()
             .map(|file| {
@@ -281,7 +281,6 @@ impl Fetcher {
                 let own = &own;
                 async move {
                     let _own = own.acquire(one.file.size).await;
-                    let _turn = self.shared.turns.acquire(one.file.size).await;
                     one.fetch().await
                 }
             })
@@ -467,11 +466,17 @@ impl OneFile<'_> {
 
     /// `first` says that the file has not taken its room yet.
     async fn try_once(&self, meter: &FileMeter<'_>, first: bool) -> Result<Tried, FetchError> {
-        let claim = loop {
+        let turns = &self.origin.shared.turns;
+        let (claim, _turn) = loop {
+            let turn = turns.acquire(self.file.size).await;
             let key = StageKey::of(&self.file);
             match self.on_store(move |store, _, _| store.claim(&key)).await? {
-                Claimed::Mine(claim) => break claim,
-                Claimed::Theirs(watch) => self.follow(watch, meter).await?,
+                Claimed::Mine(claim) => break (claim, turn),
+                Claimed::Theirs(watch) => {
+                    // It hashes nothing, and what it waits for may take as long as its origin is away.
+                    drop(turn);
+                    self.follow(watch, meter).await?;
+                }
             }
         };
         // Looked up with the claim in hand: whoever had it before may have sealed the bytes.

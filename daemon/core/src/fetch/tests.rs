@@ -18,6 +18,7 @@ use crate::store::StoreLimits;
 
 mod again;
 mod room;
+mod turns;
 
 /// What goes wrong with one read.
 #[derive(Debug, Clone, Copy)]
