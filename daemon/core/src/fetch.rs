@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::FutureExt;
@@ -18,7 +18,7 @@ use crate::blocking;
 use crate::digest::ClaimMismatch;
 use crate::errors::Chain;
 use crate::metrics::Metrics;
-use crate::model::{ModelRef, RelPath, SnapshotId};
+use crate::model::{ModelRef, RelPath};
 use crate::source::{LeftOut, Source, SourceError, Sources};
 use crate::store::{FetchRecord, Snapshot, Store, StoreError};
 
@@ -37,7 +37,7 @@ pub use plan::{Plan, PlannedFile};
 pub use progress::{Phase, Progress};
 
 use progress::Meter;
-use turns::FileTurns;
+use turns::{FileTurns, SnapshotTurns};
 
 /// What is asked for.
 pub type FetchRequest = FetchRecord;
@@ -196,7 +196,7 @@ pub struct Fetcher {
     shared: Arc<Shared>,
     active: Mutex<HashMap<FetchRequest, Arc<Job>>>,
     /// One fetch at a time for each snapshot, whatever it was called.
-    turns: Mutex<HashMap<SnapshotId, Weak<tokio::sync::Mutex<()>>>>,
+    turns: SnapshotTurns,
     stop: CancellationToken,
     tasks: TaskTracker,
 }
@@ -219,7 +219,7 @@ struct Job {
     /// Read with the credentials of whoever asked first; `None` for this process's own.
     source: Option<Arc<dyn Source>>,
     meter: Arc<Meter>,
-    /// Where the verified files are until the snapshot is published.
+    /// Where the verified files are until the snapshot is published, by this fetch or one it waits for.
     tree: watch::Sender<Option<PathBuf>>,
     outcome: watch::Sender<Outcome>,
 }
@@ -352,7 +352,7 @@ impl Fetcher {
                 connections,
             }),
             active: Mutex::default(),
-            turns: Mutex::default(),
+            turns: SnapshotTurns::default(),
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
         })
@@ -416,7 +416,7 @@ impl Fetcher {
 
     /// Brings the snapshot, on record: if this process dies, the next one goes on. It does so as well
     /// after what may pass, such as an origin that is away or a full disk.
-    async fn recorded(&self, job: &Job) -> Result<Fetched, FetchError> {
+    async fn recorded(&self, job: &Arc<Job>) -> Result<Fetched, FetchError> {
         let record = job.request.clone();
         job.on_store(&self.shared.store, move |store| store.record_fetch(&record))
             .await?;
@@ -450,17 +450,6 @@ impl Fetcher {
         if let Err(error) = noted {
             tracing::debug!(error = %Chain(&error), "rate not noted");
         }
-    }
-
-    fn turn(&self, id: &SnapshotId) -> Arc<tokio::sync::Mutex<()>> {
-        let mut turns = self.turns.lock().expect("no holder of this lock panics");
-        turns.retain(|_, turn| turn.strong_count() > 0);
-        if let Some(turn) = turns.get(id).and_then(Weak::upgrade) {
-            return turn;
-        }
-        let turn = Arc::default();
-        turns.insert(id.clone(), Arc::downgrade(&turn));
-        turn
     }
 
     /// The fetches under way.

@@ -33,7 +33,7 @@ const TORN: u32 = 3;
 
 impl Fetcher {
     /// Brings the snapshot that `job` asks for.
-    pub(super) async fn bring(&self, job: &Job) -> Result<Fetched, FetchError> {
+    pub(super) async fn bring(&self, job: &Arc<Job>) -> Result<Fetched, FetchError> {
         let (model, patterns) = (&job.request.model, &job.request.patterns);
         if let Some(revision) = model.pinned() {
             let id = SnapshotId::new(model, &revision, patterns);
@@ -54,11 +54,12 @@ impl Fetcher {
             progress.model = model.at(&revision);
             progress.snapshot = Some(id.clone());
         });
-        let turn = self.turn(&id);
-        let _turn = turn.lock().await;
+        let turn = self.turns.of(&id);
+        let _turn = turn.take(job).await;
         if let Some(fetched) = self.take_published(job, &revision, &id).await? {
             return Ok(fetched);
         }
+        job.meter.follow(None);
         let listing = self
             .patiently(job, || source.list(&revision, patterns))
             .await?;

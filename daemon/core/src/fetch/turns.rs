@@ -1,8 +1,16 @@
 //! Who may work now.
 
-use tokio::sync::{Semaphore, SemaphorePermit};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
 
-use super::FetchLimits;
+use tokio::sync::{MutexGuard, Semaphore, SemaphorePermit};
+
+use super::{FetchLimits, Job};
+use crate::model::SnapshotId;
+
+/// How often a fetch that waits looks where the files are of the one that it waits for.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// How many fetches may work on as many files as one may: fewer, and those that pause because their origin
 /// is away would hold up all others. Not many more: with the highest settings, 64 large files and 32 small
@@ -43,5 +51,64 @@ impl FileTurns {
             false => &self.small,
         };
         turns.acquire().await.expect("nobody closes it")
+    }
+}
+
+/// The turns of all snapshots that are brought now.
+#[derive(Default)]
+pub(super) struct SnapshotTurns(Mutex<HashMap<SnapshotId, Weak<SnapshotTurn>>>);
+
+impl SnapshotTurns {
+    pub(super) fn of(&self, id: &SnapshotId) -> Arc<SnapshotTurn> {
+        let mut turns = self.0.lock().expect("no holder of this lock panics");
+        turns.retain(|_, turn| turn.strong_count() > 0);
+        if let Some(turn) = turns.get(id).and_then(Weak::upgrade) {
+            return turn;
+        }
+        let turn = Arc::default();
+        turns.insert(id.clone(), Arc::downgrade(&turn));
+        turn
+    }
+}
+
+/// One fetch at a time has it; the others show what that one does.
+#[derive(Default)]
+pub(super) struct SnapshotTurn {
+    turn: tokio::sync::Mutex<()>,
+    /// Whose turn it was last.
+    job: Mutex<Weak<Job>>,
+}
+
+impl SnapshotTurn {
+    /// Waits for the turn. Until then `job` shows the progress and the files of whoever has it; its meter
+    /// does so until it is told otherwise.
+    pub(super) async fn take(&self, job: &Arc<Job>) -> MutexGuard<'_, ()> {
+        let mut turn = std::pin::pin!(self.turn.lock());
+        let mut looks = tokio::time::interval(LOOK);
+        let turn = loop {
+            tokio::select! {
+                biased;
+                turn = &mut turn => break turn,
+                _ = looks.tick() => self.show(job),
+            }
+        };
+        *self.job.lock().expect("no holder of this lock panics") = Arc::downgrade(job);
+        // The other fetch has ended, and its files are where it published them.
+        job.tree.send_replace(None);
+        turn
+    }
+
+    fn show(&self, job: &Job) {
+        let at_work = self.job.lock().expect("no holder of this lock panics");
+        let Some(at_work) = at_work.upgrade() else {
+            return;
+        };
+        let tree = at_work.tree.borrow().clone();
+        job.tree.send_if_modified(|shown| {
+            let changed = *shown != tree;
+            *shown = tree;
+            changed
+        });
+        job.meter.follow(Some(Arc::clone(&at_work.meter)));
     }
 }
