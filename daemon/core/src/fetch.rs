@@ -6,11 +6,11 @@
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::FutureExt;
-use tokio::sync::{Semaphore, SemaphorePermit, watch};
+use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -18,7 +18,7 @@ use crate::blocking;
 use crate::digest::ClaimMismatch;
 use crate::errors::Chain;
 use crate::metrics::Metrics;
-use crate::model::{ModelRef, RelPath, SnapshotId};
+use crate::model::{ModelRef, RelPath};
 use crate::source::{LeftOut, Source, SourceError, Sources};
 use crate::store::{FetchRecord, Snapshot, Store, StoreError};
 
@@ -30,17 +30,20 @@ mod plan;
 mod progress;
 #[cfg(test)]
 mod tests;
+mod turns;
 
 pub use check::CheckError;
 pub use plan::{Plan, PlannedFile};
 pub use progress::{Phase, Progress};
 
 use progress::Meter;
+use turns::{FileTurns, SnapshotTurns};
 
 /// What is asked for.
 pub type FetchRequest = FetchRecord;
 
-/// How much a fetcher does at once, and how patient it is. The limits hold for all its fetches together.
+/// How much a fetcher does at once, and how patient it is. The limits hold for all its fetches together, but
+/// for that of the files.
 #[derive(Debug, Clone, Copy)]
 pub struct FetchLimits {
     /// Ranged reads at once.
@@ -51,7 +54,9 @@ pub struct FetchLimits {
     ///
     /// Source: Amazon S3 whitepaper, "Use byte-range fetches", which advises 8 or 16 MB.
     pub part_bytes: u64,
-    /// Files larger than a part that are worked on at once: each has a hasher, which takes one core.
+    /// Files larger than a part that one fetch works on at once: each has a hasher, which takes one core. All
+    /// fetches together may work on four times as many, so that one whose origin is away, and whose files
+    /// wait, keeps no other from starting.
     pub files_in_flight: usize,
     /// Tries of one range, or one question, that bring nothing.
     pub attempts: u32,
@@ -168,12 +173,20 @@ impl FetchError {
     /// Whether the same request may succeed later, with nothing done about it.
     fn may_pass(&self) -> bool {
         match self {
-            Self::Source { source, .. } => matches!(source, SourceError::Unavailable { .. }),
+            Self::Source { model, source } => match source {
+                SourceError::Unavailable { .. } => true,
+                // A fixed revision is listed as it was before: the change stays.
+                SourceError::Changed { .. } => model.pinned().is_none(),
+                SourceError::NotFound { .. }
+                | SourceError::Denied { .. }
+                | SourceError::NoRanges { .. }
+                | SourceError::Invalid { .. } => false,
+            },
+            Self::Store { source, .. } => {
+                source.is_no_space() || matches!(**source, StoreError::SetAside(_))
+            }
             Self::Stopped { .. } => true,
-            Self::Store { .. }
-            | Self::Mismatch { .. }
-            | Self::Broken { .. }
-            | Self::Defect { .. } => false,
+            Self::Mismatch { .. } | Self::Broken { .. } | Self::Defect { .. } => false,
         }
     }
 }
@@ -183,7 +196,7 @@ pub struct Fetcher {
     shared: Arc<Shared>,
     active: Mutex<HashMap<FetchRequest, Arc<Job>>>,
     /// One fetch at a time for each snapshot, whatever it was called.
-    turns: Mutex<HashMap<SnapshotId, Weak<tokio::sync::Mutex<()>>>>,
+    turns: SnapshotTurns,
     stop: CancellationToken,
     tasks: TaskTracker,
 }
@@ -198,33 +211,6 @@ struct Shared {
     turns: FileTurns,
 }
 
-/// How many files are worked on at once. Each has a hasher, which holds a thread of the blocking pool:
-/// without a bound for all fetches together the hashers would leave none to the writes they wait for.
-struct FileTurns {
-    part_bytes: u64,
-    small: Semaphore,
-    large: Semaphore,
-}
-
-impl FileTurns {
-    fn new(limits: &FetchLimits) -> Self {
-        Self {
-            part_bytes: limits.part_bytes,
-            // Small files wait for their origin more than for bytes, so more of them go at once.
-            small: Semaphore::new(limits.connections.min(32)),
-            large: Semaphore::new(limits.files_in_flight),
-        }
-    }
-
-    async fn acquire(&self, file_bytes: u64) -> SemaphorePermit<'_> {
-        let turns = match file_bytes > self.part_bytes {
-            true => &self.large,
-            false => &self.small,
-        };
-        turns.acquire().await.expect("nobody closes it")
-    }
-}
-
 type Outcome = Option<Result<Fetched, FetchError>>;
 
 /// One fetch under way.
@@ -233,7 +219,7 @@ struct Job {
     /// Read with the credentials of whoever asked first; `None` for this process's own.
     source: Option<Arc<dyn Source>>,
     meter: Arc<Meter>,
-    /// Where the verified files are until the snapshot is published.
+    /// Where the verified files are until the snapshot is published, by this fetch or one it waits for.
     tree: watch::Sender<Option<PathBuf>>,
     outcome: watch::Sender<Outcome>,
 }
@@ -360,13 +346,13 @@ impl Fetcher {
             shared: Arc::new(Shared {
                 store,
                 sources,
-                turns: FileTurns::new(&limits),
+                turns: FileTurns::of_all(&limits),
                 limits,
                 metrics,
                 connections,
             }),
             active: Mutex::default(),
-            turns: Mutex::default(),
+            turns: SnapshotTurns::default(),
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
         })
@@ -428,9 +414,9 @@ impl Fetcher {
         ending.outcome = outcome;
     }
 
-    /// Brings the snapshot, on record: if this process dies, the next one goes on. It does so as well if
-    /// the origin is only unavailable.
-    async fn recorded(&self, job: &Job) -> Result<Fetched, FetchError> {
+    /// Brings the snapshot, on record: if this process dies, the next one goes on. It does so as well
+    /// after what may pass, such as an origin that is away or a full disk.
+    async fn recorded(&self, job: &Arc<Job>) -> Result<Fetched, FetchError> {
         let record = job.request.clone();
         job.on_store(&self.shared.store, move |store| store.record_fetch(&record))
             .await?;
@@ -466,17 +452,6 @@ impl Fetcher {
         }
     }
 
-    fn turn(&self, id: &SnapshotId) -> Arc<tokio::sync::Mutex<()>> {
-        let mut turns = self.turns.lock().expect("no holder of this lock panics");
-        turns.retain(|_, turn| turn.strong_count() > 0);
-        if let Some(turn) = turns.get(id).and_then(Weak::upgrade) {
-            return turn;
-        }
-        let turn = Arc::default();
-        turns.insert(id.clone(), Arc::downgrade(&turn));
-        turn
-    }
-
     /// The fetches under way.
     #[must_use]
     pub fn active(&self) -> Vec<Progress> {
@@ -490,14 +465,19 @@ impl Fetcher {
         &self.shared.store
     }
 
-    /// Goes on with the fetches that an earlier process left under way, for as long as it takes; returns
-    /// how many.
+    /// Goes on with the fetches that an earlier process left under way, for as long as it takes, but for
+    /// those that were asked for too long ago; returns how many.
     ///
     /// # Errors
     ///
     /// [`StoreError::Io`].
     pub fn resume(self: &Arc<Self>) -> Result<usize, StoreError> {
-        let records = self.shared.store.recorded_fetches()?;
+        let store = &self.shared.store;
+        let forgotten = store.forget_stale_fetches()?;
+        if forgotten > 0 {
+            tracing::info!(forgotten, "fetches asked for too long ago are not resumed");
+        }
+        let records = store.recorded_fetches()?;
         let count = records.len();
         for record in records {
             tracing::info!(model = %record.model, "resuming a fetch");
@@ -508,12 +488,12 @@ impl Fetcher {
         Ok(count)
     }
 
-    /// Fetches, and again after pauses that grow from 5 s to 5 min, as long as the origin is only
-    /// unavailable.
+    /// Fetches, and again after pauses that grow from 5 s to 5 min, as long as it fails for what may
+    /// pass: the origin is away or changed meanwhile, the disk is full, a blob was set aside.
     ///
     /// # Errors
     ///
-    /// [`FetchError`]; that the origin is unavailable only if this process is ending.
+    /// [`FetchError`]; one that may pass only if this process is ending.
     pub async fn keep_trying(
         self: &Arc<Self>,
         request: FetchRequest,

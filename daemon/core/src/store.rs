@@ -88,7 +88,7 @@ pub struct StoreLimits {
     pub low_percent: u8,
     /// The most bytes that the store itself may hold.
     pub max_bytes: Option<u64>,
-    /// A partial download that nobody works on is garbage after this time; so are the blobs of an
+    /// A partial download that nobody works on is garbage after this time; so are the blobs and the record of an
     /// unfinished fetch, and a snapshot that was withdrawn.
     pub keep_partial: Duration,
 }

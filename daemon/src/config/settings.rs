@@ -25,11 +25,11 @@ settings! {
     "store.high_watermark_percent" = "80": "Evict when the file system would be fuller than this";
     "store.low_watermark_percent" = "70": "Evict until the file system is no fuller than this";
     "store.max_bytes" = "": "The most that the store may hold, such as \"1.5TiB\"; unset: as much as the watermarks allow";
-    "store.keep_partial" = "\"168h\"": "Keep a partial download that nobody goes on with for so long";
+    "store.keep_partial" = "\"168h\"": "Keep a partial download that nobody goes on with, and the request for a fetch that has not succeeded, for so long";
     "fetch.connections" = "64": "Ranged reads at once, of all fetches together";
     "fetch.memory" = "\"64MiB\"": "Bytes that may have arrived and not be written yet";
     "fetch.part" = "\"16MiB\"": "Bytes of one ranged read";
-    "fetch.files_in_flight" = "8": "Large files worked on at once, of one fetch; each is hashed by one core";
+    "fetch.files_in_flight" = "8": "Large files worked on at once, of one fetch, and four times as many of all together; each is hashed by one core";
     "fetch.attempts" = "6": "Tries of one read or question that bring nothing";
     "fetch.stall_timeout" = "\"15s\"": "Replace a connection over which nothing arrives for so long";
     "hf.endpoint" = "": "Address of the Hub; unset: HF_ENDPOINT, else https://huggingface.co";

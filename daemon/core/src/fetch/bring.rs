@@ -1,6 +1,7 @@
 //! One fetch, from the name that was typed to the published snapshot.
 
-use std::sync::Arc;
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use futures::StreamExt;
@@ -32,7 +33,7 @@ const TORN: u32 = 3;
 
 impl Fetcher {
     /// Brings the snapshot that `job` asks for.
-    pub(super) async fn bring(&self, job: &Job) -> Result<Fetched, FetchError> {
+    pub(super) async fn bring(&self, job: &Arc<Job>) -> Result<Fetched, FetchError> {
         let (model, patterns) = (&job.request.model, &job.request.patterns);
         if let Some(revision) = model.pinned() {
             let id = SnapshotId::new(model, &revision, patterns);
@@ -53,11 +54,12 @@ impl Fetcher {
             progress.model = model.at(&revision);
             progress.snapshot = Some(id.clone());
         });
-        let turn = self.turn(&id);
-        let _turn = turn.lock().await;
+        let turn = self.turns.of(&id);
+        let _turn = turn.take(job).await;
         if let Some(fetched) = self.take_published(job, &revision, &id).await? {
             return Ok(fetched);
         }
+        job.meter.follow(None);
         let listing = self
             .patiently(job, || source.list(&revision, patterns))
             .await?;
@@ -225,15 +227,15 @@ impl Fetcher {
         &self,
         job: &Job,
         missing: &[Arc<RemoteFile>],
-    ) -> Result<Arc<Room>, FetchError> {
-        let missing = missing.to_vec();
+    ) -> Result<Arc<Reserved>, FetchError> {
+        // By what is staged: files with the same bytes need room for them once.
+        let files = missing.iter().map(|file| (StageKey::of(file), file.size));
+        let files: HashMap<StageKey, u64> = files.collect();
         let room = job
             .on_store(&self.shared.store, move |store| {
-                let needed = |file: &Arc<RemoteFile>| {
-                    let staged = store.staged_bytes(&StageKey::of(file));
-                    file.size.saturating_sub(staged)
-                };
-                store.reserve(|| missing.iter().map(needed).sum())
+                let needed =
+                    |(key, bytes): (&StageKey, &u64)| bytes.saturating_sub(store.staged_bytes(key));
+                store.reserve(|| files.iter().map(needed).sum())
             })
             .await?;
         if !room.evicted.is_empty() {
@@ -246,7 +248,8 @@ impl Fetcher {
                 "evicted to make room"
             );
         }
-        Ok(Arc::new(room))
+        let taken = Mutex::default();
+        Ok(Arc::new(Reserved { room, taken }))
     }
 
     async fn fetch_files(
@@ -255,7 +258,7 @@ impl Fetcher {
         source: Arc<dyn Source>,
         missing: Vec<Arc<RemoteFile>>,
         lease: &Arc<Lease>,
-        room: &Arc<Room>,
+        room: &Arc<Reserved>,
     ) -> Result<Vec<FileEntry>, FetchError> {
         let origin = Origin {
             source,
@@ -265,7 +268,7 @@ impl Fetcher {
             meter: Arc::clone(&job.meter),
         };
         // Of its own, too: the files of this fetch must not stand in line before those of all others.
-        let own = FileTurns::new(&self.shared.limits);
+        let own = FileTurns::of_one(&self.shared.limits);
         let mut fetches: FuturesUnordered<_> = missing
             .into_iter()
             .map(|file| {
@@ -279,7 +282,6 @@ impl Fetcher {
                 let own = &own;
                 async move {
                     let _own = own.acquire(one.file.size).await;
-                    let _turn = self.shared.turns.acquire(one.file.size).await;
                     one.fetch().await
                 }
             })
@@ -383,13 +385,33 @@ fn entry(file: &RemoteFile, sha256: Digest) -> FileEntry {
     }
 }
 
+/// The room for the missing files of a fetch.
+struct Reserved {
+    room: Room,
+    /// What has taken its room: files with the same bytes have one room between them.
+    taken: Mutex<HashSet<StageKey>>,
+}
+
+impl Reserved {
+    /// Gives back the room of a file that is staged next: no more than was reserved, for the rest is room for
+    /// other files.
+    fn take(&self, store: &Store, file: &RemoteFile) {
+        let key = StageKey::of(file);
+        let staged = store.staged_bytes(&key);
+        let mut taken = self.taken.lock().expect("no holder of this lock panics");
+        if taken.insert(key) {
+            self.room.take(file.size.saturating_sub(staged));
+        }
+    }
+}
+
 /// One missing file of a fetch.
 struct OneFile<'a> {
     job: &'a Job,
     origin: &'a Origin,
     file: Arc<RemoteFile>,
     lease: &'a Arc<Lease>,
-    room: &'a Arc<Room>,
+    room: &'a Arc<Reserved>,
 }
 
 /// What came of one try at a file.
@@ -443,13 +465,19 @@ impl OneFile<'_> {
         }
     }
 
-    /// `first` says that the room for the file was not taken yet.
+    /// `first` says that the file has not taken its room yet.
     async fn try_once(&self, meter: &FileMeter<'_>, first: bool) -> Result<Tried, FetchError> {
-        let claim = loop {
+        let turns = &self.origin.shared.turns;
+        let (claim, _turn) = loop {
+            let turn = turns.acquire(self.file.size).await;
             let key = StageKey::of(&self.file);
             match self.on_store(move |store, _, _| store.claim(&key)).await? {
-                Claimed::Mine(claim) => break claim,
-                Claimed::Theirs(watch) => self.follow(watch, meter).await?,
+                Claimed::Mine(claim) => break (claim, turn),
+                Claimed::Theirs(watch) => {
+                    // It hashes nothing, and what it waits for may take as long as its origin is away.
+                    drop(turn);
+                    self.follow(watch, meter).await?;
+                }
             }
         };
         // Looked up with the claim in hand: whoever had it before may have sealed the bytes.
@@ -462,9 +490,7 @@ impl OneFile<'_> {
         let part = self
             .on_store(move |store, _, file| {
                 if first {
-                    // No more than was reserved: the rest is room for other files.
-                    let staged = store.staged_bytes(&StageKey::of(file));
-                    room.take(file.size.saturating_sub(staged));
+                    room.take(store, file);
                 }
                 claim.stage(store, file.size)
             })

@@ -1,5 +1,6 @@
 //! What a fetch would do, without doing it.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use super::{FetchError, Fetcher, Job, Meter};
@@ -89,8 +90,13 @@ impl Fetcher {
                 left_out: listing.left_out,
                 published,
             };
+            let mut staged = HashSet::new();
             for file in &listing.files {
                 let here = bytes_here(store, file)?;
+                // Files with the same bytes are fetched once.
+                if staged.insert(StageKey::of(file)) {
+                    plan.bytes_to_fetch += file.size - here;
+                }
                 plan.bytes += file.size;
                 plan.bytes_local += here;
                 plan.files.push(PlannedFile {
@@ -99,7 +105,6 @@ impl Fetcher {
                     local: here == file.size,
                 });
             }
-            plan.bytes_to_fetch = plan.bytes - plan.bytes_local;
             plan.room = store.plan_room(plan.bytes_to_fetch)?;
             let rate = store.rate(plan.model.scheme())?;
             plan.seconds_from_origin = rate.map(|rate| plan.bytes_to_fetch as f64 / rate);

@@ -1,7 +1,7 @@
 //! How far a fetch is: counters that its tasks share, and the picture of them that a user sees.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -66,6 +66,8 @@ pub(super) struct Meter {
     bytes_found: AtomicU64,
     bytes_fetched: AtomicU64,
     rate: Mutex<(Instant, u64, f64)>,
+    /// Of another fetch of the same snapshot: while this one waits for it, its progress is shown.
+    followed: Mutex<Option<Arc<Meter>>>,
 }
 
 impl Meter {
@@ -92,6 +94,7 @@ impl Meter {
             bytes_found: AtomicU64::new(0),
             bytes_fetched: AtomicU64::new(0),
             rate: Mutex::new((begun, 0, 0.0)),
+            followed: Mutex::default(),
         }
     }
 
@@ -110,6 +113,24 @@ impl Meter {
     pub(super) fn set(&self, change: impl FnOnce(&mut Progress)) {
         self.shown.send_modify(change);
         self.refresh();
+    }
+
+    /// Shows the progress of another fetch from now on, or its own again, from its beginning.
+    pub(super) fn follow(&self, other: Option<Arc<Self>>) {
+        let before = {
+            let mut followed = self.followed();
+            std::mem::replace(&mut *followed, other.clone())
+        };
+        if other.is_none() && before.is_some() {
+            self.set(|progress| {
+                progress.phase = Phase::Resolving;
+                (progress.files, progress.bytes) = (0, 0);
+            });
+        }
+    }
+
+    fn followed(&self) -> MutexGuard<'_, Option<Arc<Self>>> {
+        self.followed.lock().expect("no holder of this lock panics")
     }
 
     pub(super) fn fetched(&self, bytes: u64) {
@@ -147,6 +168,11 @@ impl Meter {
     }
 
     fn refresh(&self) {
+        let followed = self.followed().clone();
+        if let Some(other) = followed {
+            self.show(&other.current());
+            return;
+        }
         let done = self.bytes_done.load(Ordering::Relaxed);
         let rate = self.rate(done.saturating_sub(self.bytes_found()));
         self.shown.send_modify(|progress| {
@@ -159,6 +185,18 @@ impl Meter {
             let known = progress.phase == Phase::Fetching && rate > 1.0;
             progress.eta =
                 known.then(|| Duration::try_from_secs_f64(left / rate).unwrap_or(Duration::MAX));
+        });
+    }
+
+    /// Shows how far another fetch of the same snapshot is. What was fetched, and since when, stays its own.
+    fn show(&self, other: &Progress) {
+        self.shown.send_modify(|progress| {
+            *progress = Progress {
+                model: progress.model.clone(),
+                bytes_fetched: self.bytes_fetched(),
+                elapsed: self.begun.elapsed(),
+                ..other.clone()
+            };
         });
     }
 

@@ -16,6 +16,10 @@ use crate::model::{Patterns, Revision};
 use crate::source::{ByteStream, Listing, RemoteFile, Source, Vouched, select};
 use crate::store::StoreLimits;
 
+mod again;
+mod room;
+mod turns;
+
 /// What goes wrong with one read.
 #[derive(Debug, Clone, Copy)]
 enum Fault {

@@ -5,11 +5,13 @@ use std::collections::HashSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::evict::{look, remove_if_there};
 use super::pin::Holder;
 use super::{At, Store, StoreError, entries, make_dirs, write_atomically};
 use crate::digest::Digest;
@@ -285,13 +287,18 @@ impl Store {
         ))
     }
 
-    /// Remembers a fetch until [`Store::forget_fetch`].
+    /// Remembers a fetch until [`Store::forget_fetch`]. One that is on record stays as it is: the time of its
+    /// file is when it was asked for, however often it was tried since.
     ///
     /// # Errors
     ///
     /// [`StoreError::Io`].
     pub fn record_fetch(&self, record: &FetchRecord) -> Result<(), StoreError> {
-        self.write_json(&self.fetch_path(record), record)?;
+        let path = self.fetch_path(record);
+        if read_json(&path)?.is_some_and(|found: FetchRecord| found == *record) {
+            return Ok(());
+        }
+        self.write_json(&path, record)?;
         fault::point("fetch.recorded");
         Ok(())
     }
@@ -311,6 +318,29 @@ impl Store {
         }
         fault::point("fetch.forgotten");
         Ok(())
+    }
+
+    /// Forgets the fetches that were asked for longer ago than a partial download is kept: whoever waited
+    /// for one has gone, or asks again. Returns how many.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Io`].
+    pub fn forget_stale_fetches(&self) -> Result<usize, StoreError> {
+        let mut forgotten = 0;
+        for entry in entries(&self.root.join("fetches"))? {
+            let path = entry.path();
+            if let Some(metadata) = look(&path)? {
+                let asked = metadata.modified().at("look at", &path)?;
+                let age = SystemTime::now().duration_since(asked);
+                if age.unwrap_or_default() > self.limits.keep_partial {
+                    remove_if_there(&path)?;
+                    fault::point("fetch.forgotten");
+                    forgotten += 1;
+                }
+            }
+        }
+        Ok(forgotten)
     }
 
     /// The fetches that were under way when their process ended.
