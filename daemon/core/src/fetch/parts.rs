@@ -1,6 +1,7 @@
 //! Bringing the bytes of one file: ranges in parallel, each retried by itself, hashed as they land.
 
 use std::collections::VecDeque;
+use std::convert::Infallible;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -71,7 +72,7 @@ pub(super) async fn download(
     let mut hashing = tokio::spawn(blocking::run(move || hashed.hash(verifier)));
     let _close = CloseOnDrop(part);
     let fetching = async {
-        match fetch_ranges(origin, file, part, meter).await {
+        match fetch_ranges(origin, file, part).await {
             Err(PartsError::Source(SourceError::NoRanges { .. })) => {
                 let mut range = Ranged::new(origin, file, part, 0..file.size);
                 range.from_start = true;
@@ -85,11 +86,23 @@ pub(super) async fn download(
         digest = &mut hashing => digest,
         fetched = fetching => {
             fetched?;
+            meter.set(part.present());
             hashing.await
         }
+        never = show(part, meter) => match never {},
     };
     let digest = digest.expect("hashing neither panics nor is cancelled");
     digest.map_err(PartsError::Hash)
+}
+
+/// Tells the meter how much of the file is here, until it is dropped.
+async fn show(part: &Part, meter: &FileMeter<'_>) -> Infallible {
+    let base = part.present();
+    let mut refresh = tokio::time::interval(Duration::from_millis(100));
+    loop {
+        refresh.tick().await;
+        meter.set(part.present().max(base));
+    }
 }
 
 /// Fetches all missing ranges, as many at once as there are connections.
@@ -97,17 +110,14 @@ async fn fetch_ranges(
     origin: &Origin,
     file: &Arc<RemoteFile>,
     part: &Arc<Part>,
-    meter: &FileMeter<'_>,
 ) -> Result<(), PartsError> {
     let mut ranges = split(part.missing(), origin.shared.limits.part_bytes);
     let mut under_way = JoinSet::new();
-    let base = part.present();
-    let mut refresh = tokio::time::interval(Duration::from_millis(100));
     let most = origin.shared.limits.connections;
     // Kept across turns of the loop, so that this file keeps its place among those that wait.
     let connection = || Connection::new(&origin.shared);
     let mut next = std::pin::pin!(connection());
-    loop {
+    while !(ranges.is_empty() && under_way.is_empty()) {
         tokio::select! {
             // A range that pauses holds no connection, but is under way: while the origin is away not
             // all ranges should ask for it in turn.
@@ -119,13 +129,8 @@ async fn fetch_ranges(
             Some(ended) = under_way.join_next() => {
                 ended.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))?;
             }
-            _ = refresh.tick() => meter.set(part.present().max(base)),
-        }
-        if ranges.is_empty() && under_way.is_empty() {
-            break;
         }
     }
-    meter.set(part.present());
     Ok(())
 }
 
