@@ -322,11 +322,14 @@ impl Fetcher {
             let checked = check::model(&lease.tree(), &manifest.files, whole);
             checked.map(|()| (lease, manifest))
         });
-        let broken = |source| FetchError::Broken {
-            model: job.request.model.clone(),
-            source,
+        let failed = |error| match error {
+            check::ModelError::Store(source) => job.store_error(source),
+            check::ModelError::Broken(source) => FetchError::Broken {
+                model: job.request.model.clone(),
+                source,
+            },
         };
-        let (lease, manifest) = checked.await.map_err(broken)?;
+        let (lease, manifest) = checked.await.map_err(failed)?;
         job.on_store(&self.shared.store, move |_| {
             let lease =
                 Arc::into_inner(lease).expect("no file of this fetch is under way any more");

@@ -1,6 +1,7 @@
 //! Bringing the bytes of one file: ranges in parallel, each retried by itself, hashed as they land.
 
 use std::collections::VecDeque;
+use std::convert::Infallible;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -71,7 +72,7 @@ pub(super) async fn download(
     let mut hashing = tokio::spawn(blocking::run(move || hashed.hash(verifier)));
     let _close = CloseOnDrop(part);
     let fetching = async {
-        match fetch_ranges(origin, file, part, meter).await {
+        match fetch_ranges(origin, file, part).await {
             Err(PartsError::Source(SourceError::NoRanges { .. })) => {
                 let mut range = Ranged::new(origin, file, part, 0..file.size);
                 range.from_start = true;
@@ -85,11 +86,23 @@ pub(super) async fn download(
         digest = &mut hashing => digest,
         fetched = fetching => {
             fetched?;
+            meter.set(part.present());
             hashing.await
         }
+        never = show(part, meter) => match never {},
     };
     let digest = digest.expect("hashing neither panics nor is cancelled");
     digest.map_err(PartsError::Hash)
+}
+
+/// Tells the meter how much of the file is here, until it is dropped.
+async fn show(part: &Part, meter: &FileMeter<'_>) -> Infallible {
+    let base = part.present();
+    let mut refresh = tokio::time::interval(Duration::from_millis(100));
+    loop {
+        refresh.tick().await;
+        meter.set(part.present().max(base));
+    }
 }
 
 /// Fetches all missing ranges, as many at once as there are connections.
@@ -97,17 +110,14 @@ async fn fetch_ranges(
     origin: &Origin,
     file: &Arc<RemoteFile>,
     part: &Arc<Part>,
-    meter: &FileMeter<'_>,
 ) -> Result<(), PartsError> {
     let mut ranges = split(part.missing(), origin.shared.limits.part_bytes);
     let mut under_way = JoinSet::new();
-    let base = part.present();
-    let mut refresh = tokio::time::interval(Duration::from_millis(100));
     let most = origin.shared.limits.connections;
     // Kept across turns of the loop, so that this file keeps its place among those that wait.
     let connection = || Connection::new(&origin.shared);
     let mut next = std::pin::pin!(connection());
-    loop {
+    while !(ranges.is_empty() && under_way.is_empty()) {
         tokio::select! {
             // A range that pauses holds no connection, but is under way: while the origin is away not
             // all ranges should ask for it in turn.
@@ -119,13 +129,8 @@ async fn fetch_ranges(
             Some(ended) = under_way.join_next() => {
                 ended.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))?;
             }
-            _ = refresh.tick() => meter.set(part.present().max(base)),
-        }
-        if ranges.is_empty() && under_way.is_empty() {
-            break;
         }
     }
-    meter.set(part.present());
     Ok(())
 }
 
@@ -143,6 +148,9 @@ fn split(missing: Vec<Range<u64>>, part_bytes: u64) -> VecDeque<Range<u64>> {
     pieces
 }
 
+/// Connections of a range that are replaced for crawling, one after the other.
+const CRAWLS: u32 = 2;
+
 /// One range of one file, read over one connection at a time.
 struct Ranged {
     origin: Origin,
@@ -153,6 +161,8 @@ struct Ranged {
     at: u64,
     /// The origin serves the file only from its first byte on: what is here is read and dropped.
     from_start: bool,
+    /// Connections in a row that were replaced for crawling.
+    crawls: u32,
 }
 
 /// Why one connection ended before its range did.
@@ -181,6 +191,7 @@ impl Ranged {
             range,
             at,
             from_start: false,
+            crawls: 0,
         }
     }
 
@@ -193,7 +204,7 @@ impl Ranged {
                 Some(connected) => connected,
                 None => Connection::new(&self.origin.shared).await,
             };
-            let Err(ended) = self.read_on(patience.failures).await else {
+            let Err(ended) = self.read_on().await else {
                 continue;
             };
             // Others may use it while this range pauses.
@@ -265,7 +276,7 @@ impl Ranged {
     }
 
     /// Reads over one connection, and writes what arrives.
-    async fn read_on(&mut self, failures: u32) -> Result<(), Ended> {
+    async fn read_on(&mut self) -> Result<(), Ended> {
         let limits = self.origin.shared.limits;
         let start = if self.from_start { 0 } else { self.at };
         let mut skip = self.at - start;
@@ -310,12 +321,19 @@ impl Ranged {
                 runner.waited(begun.elapsed());
             }
             match gait {
-                // One that was replaced once for crawling is given its time: the path may be slow.
-                Gait::Crawls if failures == 0 => break Err(Ended::Slow),
+                // After two in a row one is given its time: the path may be slow. And from the start on
+                // another one would first bring again what is here.
+                Gait::Crawls if self.crawls < CRAWLS && !self.from_start => {
+                    self.crawls += 1;
+                    break Err(Ended::Slow);
+                }
                 Gait::Stands => break Err(Ended::Slow),
                 Gait::Crawls | Gait::Runs => {}
             }
         };
+        if !matches!(ended, Err(Ended::Slow)) {
+            self.crawls = 0;
+        }
         // What arrived is kept, however the connection ended: the next one reads on from there.
         self.write(&mut block).await?;
         ended
@@ -351,26 +369,42 @@ impl Block {
 
 /// How long a range goes on without getting anywhere.
 struct Patience {
+    /// Connections that ended since a block came whole.
     failures: u32,
-    /// Where it was when it last got on, and when.
+    /// Those of them that brought bytes.
+    dribbles: u32,
+    /// Where it was when a block had come.
     mark: u64,
+    /// Where it was when a connection last ended.
+    at: u64,
+    /// When a connection that had brought bytes last ended.
     since: Instant,
 }
 
 impl Patience {
+    /// Connections that bring a few bytes each, for each of [`FetchLimits::attempts`]: with fewer bytes
+    /// than a block on so many of them it would go on like that for days.
+    const DRIBBLES: u32 = 10;
+
     fn new(at: u64) -> Self {
         Self {
             failures: 0,
+            dribbles: 0,
             mark: at,
+            at,
             since: Instant::now(),
         }
     }
 
-    /// Counts a connection that ended at byte `at`; returns how many did without getting on.
+    /// Counts a connection that ended at byte `at`; returns how many did since a block came whole.
     fn failed(&mut self, at: u64, limits: &FetchLimits) -> u32 {
-        // A few bytes on each connection are no progress: it would go on like that for days.
         if at - self.mark >= limits.block_bytes() {
             *self = Self::new(at);
+        } else if at > self.at {
+            // On a slow link a block takes minutes: an outage begins with the last byte, not with it.
+            self.at = at;
+            self.since = Instant::now();
+            self.dribbles += 1;
         }
         self.failures += 1;
         self.failures
@@ -378,7 +412,8 @@ impl Patience {
 
     fn is_out(&self, limits: &FetchLimits, bytes_came: bool) -> bool {
         let waited = self.since.elapsed() >= limits.patience;
-        self.failures >= limits.attempts && (waited || !bytes_came)
+        let dribbles = self.dribbles >= limits.attempts.saturating_mul(Self::DRIBBLES);
+        dribbles || self.failures >= limits.attempts && (waited || !bytes_came)
     }
 }
 
@@ -436,7 +471,17 @@ impl FetchLimits {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use futures::future::BoxFuture;
+    use futures::{FutureExt, stream};
+
     use super::*;
+    use crate::digest::Claims;
+    use crate::model::{ModelRef, Patterns, RelPath, Revision};
+    use crate::source::{ByteStream, Listing, Sources, Vouched};
+    use crate::store::{Claimed, StageKey, Store, StoreLimits};
 
     #[test]
     fn ranges_are_cut_at_multiples_of_a_part() {
@@ -457,5 +502,170 @@ mod tests {
         assert!(backoff(1) <= Duration::from_millis(200));
         assert!(backoff(40) <= Duration::from_secs(10));
         assert!(backoff(40) >= Duration::from_secs(5));
+    }
+
+    /// How long a range that is at byte `at` sits out an outage.
+    async fn outage(patience: &mut Patience, at: u64, limits: &FetchLimits) -> Duration {
+        let gone = Instant::now();
+        loop {
+            let failures = patience.failed(at, limits);
+            if patience.is_out(limits, true) {
+                return gone.elapsed();
+            }
+            tokio::time::advance(pause(failures, None).unwrap()).await;
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_outage_is_sat_out_as_long_on_a_slow_link() {
+        let limits = FetchLimits::default();
+        for rate in [7_800, 10 << 20] {
+            let mut patience = Patience::new(0);
+            tokio::time::advance(Duration::from_secs(130)).await;
+            let sat_out = outage(&mut patience, rate * 130, &limits).await;
+            let expected = limits.patience..limits.patience + Duration::from_secs(11);
+            assert!(expected.contains(&sat_out), "{sat_out:?} at {rate} B/s");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn bytes_that_arrive_are_progress_but_a_dribble_ends() {
+        let limits = FetchLimits::default();
+        // What each connection brings before it stands, and how many there may be.
+        for (bytes, most) in [(60_000, u64::MAX), (1_000, 60)] {
+            let mut patience = Patience::new(0);
+            let outs = (1..1000).find(|ended| {
+                patience.failed(ended * bytes, &limits);
+                patience.is_out(&limits, true)
+            });
+            assert_eq!(outs.unwrap_or(u64::MAX), most, "with {bytes} bytes each");
+        }
+        // The same with the minute that each of them takes.
+        let mut patience = Patience::new(0);
+        for ended in 1..50 {
+            tokio::time::advance(Duration::from_secs(60)).await;
+            patience.failed(ended * 1_000, &limits);
+            assert!(!patience.is_out(&limits, true), "after {ended} min");
+        }
+    }
+
+    const SIZE: u64 = 4 << 20;
+
+    /// What one read does.
+    #[derive(Debug, Clone, Copy)]
+    enum Does {
+        /// 100 kB each second, which is a crawl next to the neighbours.
+        Crawl,
+        /// The connection ends before its first byte.
+        Cut,
+    }
+
+    /// Reads that do as planned, the last first; then they run.
+    struct Planned(Mutex<Vec<Does>>, AtomicUsize);
+
+    impl Source for Planned {
+        fn resolve(&self) -> BoxFuture<'_, Result<Revision, SourceError>> {
+            unreachable!("only read is called")
+        }
+
+        fn list<'a>(
+            &'a self,
+            _: &'a Revision,
+            _: &'a Patterns,
+        ) -> BoxFuture<'a, Result<Listing, SourceError>> {
+            unreachable!("only read is called")
+        }
+
+        fn read<'a>(
+            &'a self,
+            _: &'a RemoteFile,
+            range: Range<u64>,
+        ) -> BoxFuture<'a, Result<ByteStream, SourceError>> {
+            self.1.fetch_add(1, Ordering::Relaxed);
+            let (piece, left) = match self.0.lock().unwrap().pop() {
+                Some(Does::Crawl) => (100_000, range.end - range.start),
+                Some(Does::Cut) => (1, 0),
+                None => (SIZE, range.end - range.start),
+            };
+            let pieces = (0..left.div_ceil(piece)).map(move |n| piece.min(left - n * piece));
+            let bytes = stream::iter(pieces).then(|length| async move {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                Ok(Bytes::from(vec![7; usize::try_from(length).unwrap()]))
+            });
+            async { Ok(bytes.boxed()) }.boxed()
+        }
+    }
+
+    /// Reads one range next to fast neighbours; returns how many connections that took.
+    async fn connections(from_start: bool, plan: &[Does]) -> usize {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path(), StoreLimits::default()).unwrap();
+        let path = RelPath::new("a.bin").unwrap();
+        let file = Arc::new(RemoteFile {
+            path,
+            size: SIZE,
+            identity: None,
+            claims: Claims::default(),
+            vouched: Vouched::BySource,
+            xet_hash: None,
+        });
+        let Claimed::Mine(claim) = store.claim(&StageKey::of(&file)).unwrap() else {
+            panic!("somebody else has it");
+        };
+        let part = claim.stage(&store, SIZE).unwrap();
+        let planned = plan.iter().rev().copied().collect();
+        let source = Arc::new(Planned(Mutex::new(planned), AtomicUsize::new(0)));
+        let limits = FetchLimits::default();
+        let shared = Arc::new(Shared {
+            store,
+            sources: Arc::new(Nowhere),
+            turns: super::super::FileTurns::new(&limits),
+            limits,
+            metrics: Arc::default(),
+            connections: limits.connection_permits(),
+        });
+        let model: ModelRef = "hf://org/model".parse().unwrap();
+        let origin = Origin {
+            source: Arc::clone(&source) as Arc<dyn Source>,
+            scheme: model.scheme(),
+            meter: Arc::new(super::super::progress::Meter::new(model)),
+            pace: Arc::default(),
+            shared,
+        };
+        let mut neighbours: Vec<_> = (0..3).map(|_| origin.pace.runner()).collect();
+        tokio::time::advance(Duration::from_secs(1)).await;
+        neighbours.iter_mut().for_each(|runner| {
+            runner.count(100 << 20);
+        });
+        drop(neighbours);
+
+        let mut range = Ranged::new(&origin, &file, &part, 0..SIZE);
+        range.from_start = from_start;
+        let fetched = range.fetch(Connection::new(&origin.shared).await).await;
+
+        assert!(fetched.is_ok(), "{fetched:?}");
+        assert_eq!(part.present(), SIZE);
+        source.1.load(Ordering::Relaxed)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_crawls_is_replaced_whatever_came_before() {
+        use Does::{Crawl, Cut};
+        assert_eq!(connections(false, &[Crawl]).await, 2);
+        assert_eq!(connections(false, &[Cut, Crawl]).await, 3);
+        assert_eq!(connections(false, &[Cut, Crawl, Cut, Crawl]).await, 5);
+        // The third in a row is given its time.
+        assert_eq!(connections(false, &[Crawl; 9]).await, 3);
+        assert_eq!(connections(false, &[Crawl, Crawl, Cut, Crawl]).await, 5);
+        // From the start on a new one would bring again what is here.
+        assert_eq!(connections(true, &[Crawl; 9]).await, 1);
+    }
+
+    struct Nowhere;
+
+    impl Sources for Nowhere {
+        fn open(&self, _: &ModelRef) -> Result<Arc<dyn Source>, SourceError> {
+            unreachable!("the range has its source")
+        }
     }
 }

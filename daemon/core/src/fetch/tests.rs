@@ -645,3 +645,24 @@ async fn a_plan_says_what_a_fetch_would_do() {
     );
     assert!(!plan.published && plan.room.evict.is_empty());
 }
+
+#[tokio::test]
+async fn a_file_read_from_its_start_shows_how_far_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    // Taken from the end: ranges are refused, and the whole body hangs after a block.
+    let origin = Origin::failing(&[Fault::Stall(70_000), Fault::NoRangesNow]);
+    let limits = FetchLimits {
+        connections: 1,
+        memory_bytes: 64 << 10,
+        stall_timeout: Duration::from_secs(3600),
+        ..limits()
+    };
+    let fetcher = fetcher_with(dir.path(), &origin, limits);
+    let mut progress = fetcher.fetch(request(&["*"])).progress();
+
+    let shown = progress.wait_for(|seen| seen.bytes_done > 0);
+    let shown = tokio::time::timeout(Duration::from_secs(10), shown).await;
+
+    assert!(shown.is_ok(), "it shows nothing");
+    fetcher.shutdown(Duration::from_secs(5)).await;
+}
