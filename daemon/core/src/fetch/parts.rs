@@ -619,7 +619,7 @@ mod tests {
         let shared = Arc::new(Shared {
             store,
             sources: Arc::new(Nowhere),
-            turns: super::super::FileTurns::new(&limits),
+            turns: super::super::FileTurns::of_all(&limits),
             limits,
             metrics: Arc::default(),
             connections: limits.connection_permits(),
