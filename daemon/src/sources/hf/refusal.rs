@@ -12,8 +12,8 @@ use weightd_core::source::SourceError;
 use super::hub::Hub;
 use super::limit::retry_after;
 
-const GIVE_TOKEN: &str = "give a token that may read it: HF_TOKEN or HF_TOKEN_PATH, or in a cluster \
-                          the chart's `hf.tokenSecret` or the volume's secret";
+const GIVE_TOKEN: &str = "give a token that may read it: HF_TOKEN or HF_TOKEN_PATH, the daemon's \
+                          `hf.token_file`, or for a pod its volume's nodePublishSecretRef";
 
 /// An answer of the Hub that is not the one wanted.
 pub(super) struct Answer {
