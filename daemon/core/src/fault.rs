@@ -40,6 +40,17 @@ pub const POINTS: &[&str] = &[
     "verify.set_aside",
     "verify.withdrawn",
     "repair.linked",
+    "shared.format",
+    "shared.leased",
+    "shared.begun",
+    "shared.claimed",
+    "shared.part",
+    "shared.written",
+    "shared.synced",
+    "shared.finished",
+    "shared.sealed",
+    "shared.published",
+    "shared.set_aside",
 ];
 
 /// Kills the process here if a test asked for it.

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use tokio::sync::{Semaphore, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -19,6 +20,7 @@ use crate::digest::ClaimMismatch;
 use crate::errors::Chain;
 use crate::metrics::Metrics;
 use crate::model::{ModelRef, RelPath};
+use crate::shared::SharedTier;
 use crate::source::{LeftOut, Source, SourceError, Sources};
 use crate::store::{FetchRecord, Snapshot, Store, StoreError};
 
@@ -28,6 +30,7 @@ mod pace;
 mod parts;
 mod plan;
 mod progress;
+mod share;
 #[cfg(test)]
 mod tests;
 mod turns;
@@ -88,6 +91,8 @@ pub struct Fetched {
     pub snapshot: Snapshot,
     /// Bytes received from the origin.
     pub bytes_fetched: u64,
+    /// Bytes copied from the shared tier.
+    pub bytes_shared: u64,
     /// Bytes that were here already.
     pub bytes_reused: u64,
     /// Time from the request on.
@@ -209,6 +214,7 @@ struct Shared {
     metrics: Arc<Metrics>,
     connections: Arc<Semaphore>,
     turns: FileTurns,
+    tier: Option<Arc<SharedTier>>,
 }
 
 type Outcome = Option<Result<Fetched, FetchError>>;
@@ -341,6 +347,18 @@ impl Fetcher {
         limits: FetchLimits,
         metrics: Arc<Metrics>,
     ) -> Arc<Self> {
+        Self::with_tier(store, sources, limits, metrics, None)
+    }
+
+    /// The same, beside a shared tier.
+    #[must_use]
+    pub fn with_tier(
+        store: Arc<Store>,
+        sources: Arc<dyn Sources>,
+        limits: FetchLimits,
+        metrics: Arc<Metrics>,
+        tier: Option<Arc<SharedTier>>,
+    ) -> Arc<Self> {
         let connections = limits.connection_permits();
         Arc::new(Self {
             shared: Arc::new(Shared {
@@ -350,6 +368,7 @@ impl Fetcher {
                 limits,
                 metrics,
                 connections,
+                tier,
             }),
             active: Mutex::default(),
             turns: SnapshotTurns::default(),
@@ -459,6 +478,12 @@ impl Fetcher {
         active.values().map(|job| job.meter.current()).collect()
     }
 
+    /// The shared tier, if there is one.
+    #[must_use]
+    pub fn tier(&self) -> Option<&Arc<SharedTier>> {
+        self.shared.tier.as_ref()
+    }
+
     /// The store that it fetches into.
     #[must_use]
     pub fn store(&self) -> &Arc<Store> {
@@ -518,6 +543,7 @@ impl Fetcher {
     /// Stops all fetches and waits, at most `deadline`, until they have let go. What they brought is on
     /// disk and on record.
     pub async fn shutdown(&self, deadline: Duration) {
+        let begun = Instant::now();
         self.stop.cancel();
         self.tasks.close();
         if tokio::time::timeout(deadline, self.tasks.wait())
@@ -525,6 +551,9 @@ impl Fetcher {
             .is_err()
         {
             tracing::warn!("fetches did not stop in time");
+        }
+        if let Some(tier) = &self.shared.tier {
+            tier.settle(deadline.saturating_sub(begun.elapsed())).await;
         }
     }
 }

@@ -58,5 +58,6 @@ pub mod fetch;
 pub mod manifest;
 pub mod metrics;
 pub mod model;
+pub mod shared;
 pub mod source;
 pub mod store;

@@ -11,6 +11,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
 use crate::model::Scheme;
+use crate::shared::choice::Reach;
 use crate::store::Usage;
 
 /// One metric, as the README describes it.
@@ -51,6 +52,10 @@ describe! {
     "weightd_evicted_snapshots_total" "counter" "tier: local" "Snapshots evicted to make room";
     "weightd_verified_bytes_total" "counter" "tier: local" "Bytes hashed again by scrub and verify";
     "weightd_damaged_blobs_total" "counter" "tier: local" "Blobs found damaged and set aside";
+    "weightd_shared_up" "gauge" "" "The shared tier: 2 in use, 1 only read, 0 left out or none";
+    "weightd_shared_copied_bytes_total" "counter" "" "Bytes copied from the shared tier";
+    "weightd_shared_written_bytes_total" "counter" "" "Bytes written to the shared tier";
+    "weightd_shared_failures_total" "counter" "reason: away, unwritable, damaged, write" "Times that the shared tier was left out, could not be written, held damaged bytes, did not take a segment";
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -73,6 +78,11 @@ struct Retried {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct OfOutcome {
     outcome: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfReason {
+    reason: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -107,6 +117,10 @@ pub struct Metrics {
     evicted_snapshots: Family<OfTier, Counter>,
     verified_bytes: Family<OfTier, Counter>,
     damaged_blobs: Family<OfTier, Counter>,
+    shared_up: Gauge,
+    shared_copied: Counter,
+    shared_written: Counter,
+    shared_failures: Family<OfReason, Counter>,
 }
 
 /// From a cached model, which takes milliseconds, to a cold one over a slow link: 10 ms to 2.9 h.
@@ -133,6 +147,10 @@ impl Default for Metrics {
             evicted_snapshots: Family::default(),
             verified_bytes: Family::default(),
             damaged_blobs: Family::default(),
+            shared_up: Gauge::default(),
+            shared_copied: Counter::default(),
+            shared_written: Counter::default(),
+            shared_failures: Family::default(),
         };
         metrics.register();
         metrics.start_at_zero();
@@ -173,6 +191,10 @@ impl Metrics {
             "weightd_evicted_snapshots_total" evicted_snapshots;
             "weightd_verified_bytes_total" verified_bytes;
             "weightd_damaged_blobs_total" damaged_blobs;
+            "weightd_shared_up" shared_up;
+            "weightd_shared_copied_bytes_total" shared_copied;
+            "weightd_shared_written_bytes_total" shared_written;
+            "weightd_shared_failures_total" shared_failures;
         }
     }
 
@@ -200,8 +222,32 @@ impl Metrics {
         for outcome in ["ok", "denied", "failed"] {
             let _ = self.acquires.get_or_create(&OfOutcome { outcome });
         }
+        for reason in ["away", "unwritable", "damaged", "write"] {
+            let _ = self.shared_failures.get_or_create(&OfReason { reason });
+        }
         self.evicted(0, 0);
         self.verified(0, 0);
+    }
+
+    pub(crate) fn shared_copied(&self, bytes: u64) {
+        self.shared_copied.inc_by(bytes);
+    }
+
+    pub(crate) fn shared_written(&self, bytes: u64) {
+        self.shared_written.inc_by(bytes);
+    }
+
+    pub(crate) fn shared_failed(&self, reason: &'static str) {
+        let reason = OfReason { reason };
+        self.shared_failures.get_or_create(&reason).inc();
+    }
+
+    pub(crate) fn shared_reach(&self, reach: Reach) {
+        self.shared_up.set(match reach {
+            Reach::Away => 0,
+            Reach::ReadOnly => 1,
+            Reach::Full => 2,
+        });
     }
 
     /// Counts a volume that a pod asked for: `ok`, `denied` or `failed`.

@@ -66,7 +66,9 @@ pub use collect::{Collected, Partial};
 pub use evict::{Room, RoomPlan, Usage};
 pub use pin::{Holder, HolderError};
 pub use record::FetchRecord;
+pub(crate) use record::file_name;
 pub use snapshot::{Lease, Snapshot, SnapshotLease};
+pub(crate) use verify::is_damage;
 pub use verify::{Damaged, Verified};
 pub use volume::{Layout, Volume, VolumeRecord};
 

@@ -10,15 +10,17 @@ use tokio::time::Instant;
 
 use super::parts::{self, Origin, PartsError};
 use super::progress::{FileMeter, Phase};
+use super::share::Share;
 use super::{FetchError, Fetched, Fetcher, FileTurns, Job, check};
 use crate::blocking;
 use crate::digest::{ClaimMismatch, Digest};
 use crate::errors::Chain;
 use crate::manifest::{FileEntry, Manifest};
-use crate::model::{Patterns, Revision, SnapshotId};
+use crate::model::{Patterns, RelPath, Revision, SnapshotId};
+use crate::shared::{SharedSnapshot, SharedTier, is_shareable};
 use crate::source::{LeftOut, Listing, RemoteFile, Source, SourceError};
 use crate::store::{
-    Claimed, FetchRecord, HashError, Lease, Room, Snapshot, SnapshotLease, StageKey, Store,
+    Claimed, FetchRecord, HashError, Lease, Part, Room, Snapshot, SnapshotLease, StageKey, Store,
     StoreError, Watch,
 };
 
@@ -27,6 +29,9 @@ const LOOK: Duration = Duration::from_millis(100);
 
 /// How often a file whose bytes prove wrong is fetched in all.
 const WRONG_BYTES: u32 = 2;
+
+/// How often it is brought with the help of the shared tier, if bytes from there were among them.
+const WRONG_SHARED: u32 = 2;
 
 /// How often a file is staged anew because the disk lost bytes of an earlier run.
 const TORN: u32 = 3;
@@ -111,7 +116,8 @@ impl Fetcher {
         let bytes = snapshot.manifest.bytes();
         let bytes_fetched = job.meter.bytes_fetched();
         // Not the difference: bytes that proved wrong were fetched twice.
-        let bytes_reused = match bytes_fetched {
+        let bytes_shared = job.meter.bytes_shared();
+        let bytes_reused = match bytes_fetched + bytes_shared {
             0 => bytes,
             _ => job.meter.bytes_found().min(bytes),
         };
@@ -124,12 +130,14 @@ impl Fetcher {
             model,
             bytes,
             bytes_fetched,
+            bytes_shared,
             elapsed_s = elapsed.as_secs_f64(),
             "snapshot ready"
         );
         Ok(Some(Fetched {
             snapshot,
             bytes_fetched,
+            bytes_shared,
             bytes_reused,
             seconds: elapsed.as_secs_f64(),
             left_out,
@@ -183,6 +191,13 @@ impl Fetcher {
         // Small files first: they are what a loader opens first, and what fails first if access is denied.
         let part_bytes = self.shared.limits.part_bytes;
         files.sort_by(|a, b| (a.size > part_bytes, &a.path).cmp(&(b.size > part_bytes, &b.path)));
+        let keys = shared_keys(&files);
+        let _leased = match &self.shared.tier {
+            Some(tier) if tier.answers().await => {
+                tier.lease(keys.values().cloned().collect()).await
+            }
+            _ => None,
+        };
         let lease = Arc::new(job.on_store(&self.shared.store, Store::lease).await?);
         job.tree.send_replace(Some(lease.tree()));
         let (here, missing) = self.look_up(job, &lease, &files).await?;
@@ -199,7 +214,31 @@ impl Fetcher {
         );
         entries.sort_by(|a, b| a.path.cmp(&b.path));
         job.meter.set(|progress| progress.phase = Phase::Publishing);
-        self.publish(job, lease, entries, revision, id).await
+        let published = self.publish(job, lease, entries, revision, id).await?;
+        self.note_shared(job, id, keys);
+        Ok(published)
+    }
+
+    /// Notes in the shared tier which blobs the model needs, behind.
+    fn note_shared(&self, job: &Job, id: &SnapshotId, keys: HashMap<RelPath, StageKey>) {
+        let Some(tier) = &self.shared.tier else {
+            return;
+        };
+        let noting = Arc::clone(tier);
+        let (store, id) = (Arc::clone(&self.shared.store), id.clone());
+        let asked = job.request.model.clone();
+        let note = async move {
+            let found = blocking::run(move || store.snapshot(&id)).await;
+            let Ok(Some(snapshot)) = found else { return };
+            let shared = SharedSnapshot::of(&snapshot.manifest, |path| keys.get(path).cloned());
+            let noted = noting
+                .run(move |store| store.publish(&shared, &asked))
+                .await;
+            if let Err(error) = noted {
+                tracing::warn!(error = %Chain(&error), "model not noted in the shared tier");
+            }
+        };
+        tier.behind().spawn(note);
     }
 
     /// Links what is here already into the lease; returns that and the rest.
@@ -361,6 +400,14 @@ fn take(
     }
 }
 
+/// What files are called in the shared tier; those that are not shared are left out.
+fn shared_keys(files: &[Arc<RemoteFile>]) -> HashMap<RelPath, StageKey> {
+    let shared = files.iter().filter(|file| is_shareable(file));
+    shared
+        .map(|file| (file.path.clone(), StageKey::of(file)))
+        .collect()
+}
+
 /// Links a file into the lease if its bytes are here.
 fn link_if_here(
     store: &Store,
@@ -423,14 +470,20 @@ enum Tried {
     /// So many bytes of an earlier run.
     Torn(u64),
     Wrong(ClaimMismatch),
+    /// Some of the bytes came from the shared tier, where they are set aside now.
+    WrongShared(ClaimMismatch),
 }
 
 impl OneFile<'_> {
     async fn fetch(self) -> Result<FileEntry, FetchError> {
         let meter = self.job.meter.file();
-        let (mut wrong, mut torn) = (0, 0);
+        let (mut wrong, mut torn, mut wrong_shared) = (0, 0, 0);
         loop {
-            match self.try_once(&meter, wrong + torn == 0).await? {
+            let first = wrong + torn + wrong_shared == 0;
+            // After that alone: it must not go on like this.
+            let tier = self.origin.shared.tier.as_ref();
+            let tier = tier.filter(|_| wrong == 0 && wrong_shared < WRONG_SHARED);
+            match self.try_once(&meter, first, tier).await? {
                 Tried::Here(entry) => {
                     meter.set(entry.size);
                     return Ok(entry);
@@ -438,6 +491,11 @@ impl OneFile<'_> {
                 Tried::Torn(bytes) => {
                     torn += 1;
                     meter.lost(bytes);
+                }
+                Tried::WrongShared(source) => {
+                    wrong_shared += 1;
+                    meter.found(0);
+                    tracing::warn!(path = %self.file.path, error = %Chain(&source), "wrong bytes, some of them from the shared tier");
                 }
                 Tried::Wrong(source) => {
                     wrong += 1;
@@ -469,7 +527,12 @@ impl OneFile<'_> {
     }
 
     /// `first` says that the file has not taken its room yet.
-    async fn try_once(&self, meter: &FileMeter<'_>, first: bool) -> Result<Tried, FetchError> {
+    async fn try_once(
+        &self,
+        meter: &FileMeter<'_>,
+        first: bool,
+        tier: Option<&Arc<SharedTier>>,
+    ) -> Result<Tried, FetchError> {
         let turns = &self.origin.shared.turns;
         let (claim, _turn) = loop {
             let turn = turns.acquire(self.file.size).await;
@@ -503,13 +566,27 @@ impl OneFile<'_> {
             // Some of it this fetch itself has brought.
             false => meter.set(part.present()),
         }
+        let share = Share::open(tier, &self.file).await;
+        self.download(part, share.as_ref(), meter).await
+    }
+
+    async fn download(
+        &self,
+        part: Arc<Part>,
+        share: Option<&Share>,
+        meter: &FileMeter<'_>,
+    ) -> Result<Tried, FetchError> {
         let begun = Instant::now();
-        match parts::download(self.origin, &self.file, &part, meter).await {
+        match parts::download(self.origin, &self.file, &part, meter, share).await {
             Ok(digest) => {
                 let hashed = Instant::now();
-                let seal =
-                    self.on_store(move |store, lease, file| part.seal(store, digest, lease, file));
+                let sealed = Arc::clone(&part);
+                let seal = self
+                    .on_store(move |store, lease, file| sealed.seal(store, digest, lease, file));
                 seal.await?;
+                if let Some(share) = share {
+                    share.finish(&part);
+                }
                 let (path, bytes) = (&self.file.path, self.file.size);
                 let hashed_s = (hashed - begun).as_secs_f64();
                 let sealed_s = hashed.elapsed().as_secs_f64();
@@ -522,7 +599,10 @@ impl OneFile<'_> {
             }
             Err(PartsError::Hash(HashError::Mismatch(mismatch))) => {
                 self.on_store(move |_, _, _| part.discard()).await?;
-                Ok(Tried::Wrong(mismatch))
+                match share {
+                    Some(share) if share.is_to_blame().await => Ok(Tried::WrongShared(mismatch)),
+                    _ => Ok(Tried::Wrong(mismatch)),
+                }
             }
             Err(PartsError::Hash(HashError::Store(error))) => Err(self.job.store_error(error)),
             Err(PartsError::Hash(HashError::Closed)) => Err(self.job.stopped()),

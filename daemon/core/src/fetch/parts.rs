@@ -14,6 +14,7 @@ use tokio::time::Instant;
 
 use super::pace::{Gait, Pace};
 use super::progress::FileMeter;
+use super::share::Share;
 use super::{FetchLimits, Shared};
 use crate::blocking;
 use crate::digest::{Digest, Verifier};
@@ -51,6 +52,17 @@ pub(super) struct Origin {
     pub(super) meter: Arc<super::progress::Meter>,
 }
 
+impl Origin {
+    /// Counts bytes that arrived.
+    fn count(&self, bytes: u64) {
+        self.meter.fetched(bytes);
+        self.shared.metrics.fetched(self.scheme, bytes);
+        if let Some(tier) = &self.shared.tier {
+            tier.rates().origin.count(bytes);
+        }
+    }
+}
+
 /// Stops the hasher when the download is given up, also by being dropped.
 struct CloseOnDrop<'a>(&'a Part);
 
@@ -60,25 +72,30 @@ impl Drop for CloseOnDrop<'_> {
     }
 }
 
-/// Brings what `part` is missing of `file`, and hashes all of it.
+/// Brings what `part` is missing of `file`, and hashes all of it. With `share`, the shared tier takes part.
 pub(super) async fn download(
     origin: &Origin,
     file: &Arc<RemoteFile>,
     part: &Arc<Part>,
     meter: &FileMeter<'_>,
+    share: Option<&Share>,
 ) -> Result<Digest, PartsError> {
     let verifier = Verifier::new(file.size, file.claims);
     let hashed = Arc::clone(part);
     let mut hashing = tokio::spawn(blocking::run(move || hashed.hash(verifier)));
     let _close = CloseOnDrop(part);
     let fetching = async {
-        match fetch_ranges(origin, file, part).await {
+        let fetched = match share {
+            Some(share) => share.fetch(origin, file, part).await,
+            None => fetch_ranges(origin, file, part).await,
+        };
+        match fetched {
             Err(PartsError::Source(SourceError::NoRanges { .. })) => {
                 let mut range = Ranged::new(origin, file, part, 0..file.size);
                 range.from_start = true;
                 range.fetch(Connection::new(&origin.shared).await).await
             }
-            result => result,
+            fetched => fetched,
         }
     };
     // The hasher may fail long before the last byte is here: what follows would be fetched in vain.
@@ -135,7 +152,7 @@ async fn fetch_ranges(
 }
 
 /// Cuts ranges into pieces of `part_bytes`, at multiples of it.
-fn split(missing: Vec<Range<u64>>, part_bytes: u64) -> VecDeque<Range<u64>> {
+pub(super) fn split(missing: Vec<Range<u64>>, part_bytes: u64) -> VecDeque<Range<u64>> {
     let mut pieces = VecDeque::new();
     for range in missing {
         let mut at = range.start;
@@ -152,7 +169,7 @@ fn split(missing: Vec<Range<u64>>, part_bytes: u64) -> VecDeque<Range<u64>> {
 const CRAWLS: u32 = 2;
 
 /// One range of one file, read over one connection at a time.
-struct Ranged {
+pub(super) struct Ranged {
     origin: Origin,
     file: Arc<RemoteFile>,
     part: Arc<Part>,
@@ -181,7 +198,12 @@ impl From<StoreError> for Ended {
 }
 
 impl Ranged {
-    fn new(origin: &Origin, file: &Arc<RemoteFile>, part: &Arc<Part>, range: Range<u64>) -> Self {
+    pub(super) fn new(
+        origin: &Origin,
+        file: &Arc<RemoteFile>,
+        part: &Arc<Part>,
+        range: Range<u64>,
+    ) -> Self {
         let at = range.start;
         let (origin, file, part) = (origin.clone(), Arc::clone(file), Arc::clone(part));
         Self {
@@ -196,7 +218,9 @@ impl Ranged {
     }
 
     /// Reads the range to its end, over as many connections as that takes.
-    async fn fetch(mut self, first: Connection) -> Result<(), PartsError> {
+    pub(super) async fn fetch(mut self, first: Connection) -> Result<(), PartsError> {
+        let shared = Arc::clone(&self.origin.shared);
+        let _under_way = shared.tier.as_ref().map(|tier| tier.rates().origin.begin());
         let mut connection = Some(first);
         let mut patience = Patience::new(self.at);
         while self.at < self.range.end {
@@ -303,11 +327,7 @@ impl Ranged {
                 Some(Err(error)) => break Err(Ended::Source(error)),
                 None => break Err(Ended::Cut),
             };
-            self.origin.meter.fetched(bytes.len() as u64);
-            self.origin
-                .shared
-                .metrics
-                .fetched(self.origin.scheme, bytes.len() as u64);
+            self.origin.count(bytes.len() as u64);
             let gait = runner.count(bytes.len() as u64);
             let dropped = skip.min(bytes.len() as u64);
             skip -= dropped;
@@ -436,13 +456,13 @@ fn backoff(failures: u32) -> Duration {
 }
 
 /// One of the connections that all fetches share. Dropping it gives it back.
-struct Connection {
+pub(super) struct Connection {
     _permit: OwnedSemaphorePermit,
     metrics: Arc<Metrics>,
 }
 
 impl Connection {
-    async fn new(shared: &Shared) -> Self {
+    pub(super) async fn new(shared: &Shared) -> Self {
         let permit = Arc::clone(&shared.connections).acquire_owned().await;
         shared.metrics.connections.inc();
         Self {
@@ -623,6 +643,7 @@ mod tests {
             limits,
             metrics: Arc::default(),
             connections: limits.connection_permits(),
+            tier: None,
         });
         let model: ModelRef = "hf://org/model".parse().unwrap();
         let origin = Origin {

@@ -47,6 +47,8 @@ pub struct Progress {
     pub bytes_done: u64,
     /// Bytes that this fetch received from the origin.
     pub bytes_fetched: u64,
+    /// Bytes that this fetch copied from the shared tier.
+    pub bytes_shared: u64,
     /// Rate at which bytes get here, of the last few seconds.
     pub bytes_per_second: f64,
     /// Time that the rest takes at that rate.
@@ -65,6 +67,7 @@ pub(super) struct Meter {
     /// Bytes that were here when the fetch began, or that others brought: they say nothing about its rate.
     bytes_found: AtomicU64,
     bytes_fetched: AtomicU64,
+    bytes_shared: AtomicU64,
     rate: Mutex<(Instant, u64, f64)>,
     /// Of another fetch of the same snapshot: while this one waits for it, its progress is shown.
     followed: Mutex<Option<Arc<Meter>>>,
@@ -82,6 +85,7 @@ impl Meter {
             bytes: 0,
             bytes_done: 0,
             bytes_fetched: 0,
+            bytes_shared: 0,
             bytes_per_second: 0.0,
             eta: None,
             elapsed: Duration::ZERO,
@@ -93,6 +97,7 @@ impl Meter {
             bytes_done: AtomicU64::new(0),
             bytes_found: AtomicU64::new(0),
             bytes_fetched: AtomicU64::new(0),
+            bytes_shared: AtomicU64::new(0),
             rate: Mutex::new((begun, 0, 0.0)),
             followed: Mutex::default(),
         }
@@ -137,6 +142,14 @@ impl Meter {
         self.bytes_fetched.fetch_add(bytes, Ordering::Relaxed);
     }
 
+    pub(super) fn copied(&self, bytes: u64) {
+        self.bytes_shared.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn bytes_shared(&self) -> u64 {
+        self.bytes_shared.load(Ordering::Relaxed)
+    }
+
     pub(super) fn bytes_found(&self) -> u64 {
         self.bytes_found.load(Ordering::Relaxed)
     }
@@ -179,6 +192,7 @@ impl Meter {
             progress.files_done = self.files_done.load(Ordering::Relaxed);
             progress.bytes_done = done;
             progress.bytes_fetched = self.bytes_fetched();
+            progress.bytes_shared = self.bytes_shared();
             progress.bytes_per_second = rate;
             progress.elapsed = self.begun.elapsed();
             let left = progress.bytes.saturating_sub(done) as f64;
@@ -194,6 +208,7 @@ impl Meter {
             *progress = Progress {
                 model: progress.model.clone(),
                 bytes_fetched: self.bytes_fetched(),
+                bytes_shared: self.bytes_shared(),
                 elapsed: self.begun.elapsed(),
                 ..other.clone()
             };

@@ -15,8 +15,7 @@ use self::journal::{Journal, Record, checksum};
 use self::ranges::Ranges;
 use super::evict::remove_if_there;
 use super::snapshot::Lease;
-use super::verify::is_damage;
-use super::{At, Store, StoreError, claim, sync_parent};
+use super::{At, Store, StoreError, claim, is_damage, sync_parent};
 use crate::digest::{ClaimMismatch, Digest, Verifier};
 use crate::fault;
 use crate::source::RemoteFile;
@@ -54,6 +53,8 @@ struct State {
     /// What is being written now. No two of them overlap, nor one of them with `present`.
     in_flight: Vec<Range<u64>>,
     closed: bool,
+    /// The bytes are not what they should be.
+    discarded: bool,
 }
 
 impl State {
@@ -121,6 +122,38 @@ impl Part {
     #[must_use]
     pub fn present(&self) -> u64 {
         self.state().present.bytes()
+    }
+
+    /// How many bytes of `range` are on disk.
+    #[must_use]
+    pub fn present_in(&self, range: &Range<u64>) -> u64 {
+        let state = self.state();
+        let holes = state.present.holes(self.size);
+        let lacking = holes.iter().map(|hole| {
+            let (start, end) = (hole.start.max(range.start), hole.end.min(range.end));
+            end.saturating_sub(start)
+        });
+        (range.end - range.start) - lacking.sum::<u64>()
+    }
+
+    /// Whether what is missing will not come any more, or what is here is not to be used.
+    #[must_use]
+    pub fn is_given_up(&self) -> bool {
+        let state = self.state();
+        state.discarded || state.closed && state.present.bytes() < self.size
+    }
+
+    /// Reads bytes that are on disk. They were not verified yet.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Io`].
+    pub fn read(&self, range: Range<u64>) -> Result<Vec<u8>, StoreError> {
+        let length = usize::try_from(range.end - range.start).expect("a block fits in memory");
+        let mut bytes = vec![0; length];
+        let read = self.file.read_exact_at(&mut bytes, range.start);
+        read.at("read", &self.path)?;
+        Ok(bytes)
     }
 
     /// Where the bytes that follow `from` without a hole end.
@@ -420,6 +453,7 @@ impl Part {
     ///
     /// [`StoreError::Io`].
     pub fn discard(&self) -> Result<(), StoreError> {
+        self.state().discarded = true;
         self.close();
         self.remove_files()
     }

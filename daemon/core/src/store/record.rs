@@ -65,7 +65,7 @@ mod holder_text {
 const KEEP: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.');
 
 /// One file name for any text. Short texts stay readable.
-fn file_name(text: &str) -> String {
+pub(crate) fn file_name(text: &str) -> String {
     let encoded = utf8_percent_encode(text, KEEP).to_string();
     if encoded.len() > 200 || encoded.starts_with('.') {
         return Digest::of(text.as_bytes()).to_string();

@@ -363,7 +363,7 @@ fn id_of(file: &Metadata) -> (u64, u64) {
 }
 
 /// Whether a read failed because of the bytes on disk, and not for want of something else.
-pub(super) fn is_damage(error: &io::Error) -> bool {
+pub(crate) fn is_damage(error: &io::Error) -> bool {
     let errno = error.raw_os_error().map(Errno::from_raw);
     // EUCLEAN and EBADMSG: what ext4 and XFS say to a checksum that does not hold.
     matches!(

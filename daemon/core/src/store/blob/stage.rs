@@ -34,9 +34,27 @@ impl StageKey {
         let sure = |_: &Digest| file.vouched == Vouched::BySource;
         match (file.claims.sha256.filter(sure), &file.identity) {
             (Some(digest), _) => Self(digest.to_string()),
-            (None, Some(identity)) => Self(Digest::of(identity.as_bytes()).to_string()),
+            (None, Some(identity)) => Self::of_identity(identity),
             (None, None) => Self(uuid::Uuid::new_v4().simple().to_string()),
         }
+    }
+
+    /// The key of bytes whose digest is beyond doubt.
+    #[must_use]
+    pub fn of_digest(digest: Digest) -> Self {
+        Self(digest.to_string())
+    }
+
+    /// The key of bytes that an origin gives this name to, and no digest.
+    #[must_use]
+    pub fn of_identity(identity: &str) -> Self {
+        Self(Digest::of(identity.as_bytes()).to_string())
+    }
+
+    /// Whether every process gives the same bytes the same key.
+    #[must_use]
+    pub fn is_the_same_everywhere(&self) -> bool {
+        self.0.len() == DIGEST_DIGITS
     }
 }
 

@@ -1,0 +1,120 @@
+//! Copying a piece from the shared tier.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+
+use crate::blocking;
+use crate::fetch::progress::Meter;
+use crate::shared::{BadBlock, Fill, SharedError, SharedStore, SharedTier, Sums, Trouble};
+use crate::store::{Part, StoreError, is_damage};
+
+/// Why a piece was not copied.
+#[derive(Debug)]
+pub(super) enum CopyError {
+    Trouble(Trouble),
+    Bad(BadBlock),
+    Local(StoreError),
+}
+
+impl From<Trouble> for CopyError {
+    fn from(error: Trouble) -> Self {
+        Self::Trouble(error)
+    }
+}
+
+/// One piece to copy. All of it lies in one segment.
+pub(super) struct Copied {
+    pub(super) tier: Arc<SharedTier>,
+    pub(super) fill: Arc<Fill>,
+    pub(super) sums: Arc<Sums>,
+    pub(super) segment: usize,
+    pub(super) range: Range<u64>,
+    pub(super) part: Arc<Part>,
+    pub(super) meter: Arc<Meter>,
+}
+
+impl Copied {
+    pub(super) async fn run(self) -> Result<(), CopyError> {
+        let _place = self.tier.copies().acquire().await;
+        let _under_way = self.tier.rates().shared.begin();
+        let fill = Arc::clone(&self.fill);
+        let bad = CopyError::Bad(BadBlock {
+            at: self.range.start,
+        });
+        let bytes = self.tier.run(move |_| fill.bytes()).await?;
+        let bytes = Arc::new(bytes.ok_or(bad)?);
+        for (index, block) in self.fill.blocks(self.segment).enumerate() {
+            if block.start < self.range.end && block.end > self.range.start {
+                self.copy(&bytes, index, block).await?;
+            }
+        }
+        // They are in the local tier's page cache now.
+        let (start, length) = (self.range.start, self.range.end - self.range.start);
+        let forget = move |_: &_| {
+            if let (Ok(start), Ok(length)) = (start.try_into(), length.try_into()) {
+                let unused = PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+                let _ = posix_fadvise(&*bytes, start, length, unused);
+            }
+            Ok(())
+        };
+        let _ = self.tier.run(forget).await;
+        Ok(())
+    }
+
+    async fn copy(
+        &self,
+        bytes: &Arc<File>,
+        index: usize,
+        block: Range<u64>,
+    ) -> Result<(), CopyError> {
+        let file = Arc::clone(bytes);
+        let (sums, range) = (Arc::clone(&self.sums), block.clone());
+        let read = self
+            .tier
+            .run(move |store| read(store, &file, &sums, index, range));
+        let data = read.await?.map_err(CopyError::Bad)?;
+        self.tier.rates().shared.count(data.len() as u64);
+        let inside = block.start.max(self.range.start)..block.end.min(self.range.end);
+        let part = Arc::clone(&self.part);
+        // All of the block: what is here already stays as it is.
+        let written = blocking::run(move || part.write(block.start, &[data])).await;
+        written.map_err(CopyError::Local)?;
+        let copied = inside.end - inside.start;
+        self.meter.copied(copied);
+        self.tier.metrics().shared_copied(copied);
+        Ok(())
+    }
+}
+
+/// Reads one block and checks it.
+fn read(
+    store: &SharedStore,
+    file: &File,
+    sums: &Sums,
+    index: usize,
+    block: Range<u64>,
+) -> Result<Result<Bytes, BadBlock>, SharedError> {
+    let bad = BadBlock { at: block.start };
+    let length = usize::try_from(block.end - block.start).expect("a block fits in memory");
+    let mut data = vec![0; length];
+    match file.read_exact_at(&mut data, block.start) {
+        Ok(()) => {}
+        Err(error) if is_damage(&error) || error.kind() == io::ErrorKind::UnexpectedEof => {
+            return Ok(Err(bad));
+        }
+        Err(source) => {
+            return Err(SharedError::Io {
+                op: "read a blob of",
+                path: store.root().to_owned(),
+                source,
+            });
+        }
+    }
+    Ok(sums.check(index, block.start, &data).map(|()| data.into()))
+}

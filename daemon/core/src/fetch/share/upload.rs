@@ -1,0 +1,207 @@
+//! Writing to the shared tier what this node has, behind the fetch.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use super::read_local;
+use crate::errors::Chain;
+use crate::shared::{Fill, SharedClaim, SharedTier, Sums, Trouble};
+use crate::store::{Part, StoreError};
+
+/// How often a writer looks for bytes that have come.
+const LOOK: Duration = Duration::from_millis(25);
+
+/// How much longer a sync may take than another call: it waits for all that was written.
+const SYNC: u32 = 6;
+
+/// Bytes that are written before they are synced.
+const SYNC_BYTES: u64 = 64 << 20;
+
+/// Why a segment was not written.
+#[derive(Debug, thiserror::Error)]
+enum UploadError {
+    #[error(transparent)]
+    Trouble(#[from] Trouble),
+    #[error(transparent)]
+    Local(#[from] StoreError),
+    #[error("its bytes did not come")]
+    GivenUp,
+    #[error("this process is ending")]
+    Stopped,
+}
+
+/// One claimed segment, written as its bytes come.
+pub(super) struct Upload {
+    pub(super) tier: Arc<SharedTier>,
+    pub(super) fill: Arc<Fill>,
+    pub(super) part: Arc<Part>,
+    pub(super) verified: Arc<AtomicBool>,
+    pub(super) segment: usize,
+    pub(super) claim: SharedClaim,
+}
+
+impl Upload {
+    pub(super) async fn run(self) {
+        let written = AtomicU64::new(0);
+        let outcome = tokio::select! {
+            outcome = self.write(&written) => outcome,
+            never = self.keep_claim(&written) => match never {},
+            () = self.tier.stopped().cancelled() => Err(UploadError::Stopped),
+        };
+        let segment = self.segment;
+        match outcome {
+            Ok(()) => tracing::debug!(segment, "segment shared"),
+            Err(error @ (UploadError::GivenUp | UploadError::Stopped)) => {
+                tracing::debug!(segment, error = %Chain(&error), "segment not shared");
+            }
+            Err(error) => {
+                tracing::warn!(segment, error = %Chain(&error), "segment not shared");
+                self.tier.metrics().shared_failed("write");
+            }
+        }
+        let (fill, claim) = (Arc::clone(&self.fill), self.claim);
+        let released = self.tier.run(move |_| fill.release(&claim)).await;
+        if let Err(error) = released {
+            tracing::debug!(segment, error = %Chain(&error), "claim not removed");
+        }
+        if self.verified.load(Ordering::Relaxed) {
+            seal(&self.tier, &self.fill).await;
+        }
+        self.tier.changed().notify_waiters();
+    }
+
+    async fn write(&self, written: &AtomicU64) -> Result<(), UploadError> {
+        let fill = Arc::clone(&self.fill);
+        let target = Arc::new(self.tier.run(move |_| fill.part()).await?);
+        let mut blocks: Vec<(usize, Range<u64>)> =
+            self.fill.blocks(self.segment).enumerate().collect();
+        let mut sums = Sums::new(blocks.len());
+        let mut unsynced = 0;
+        while !blocks.is_empty() {
+            let here = |(_, block): &(usize, Range<u64>)| {
+                self.part.present_in(block) == block.end - block.start
+            };
+            let Some(next) = blocks.iter().position(here) else {
+                if self.part.is_given_up() {
+                    return Err(UploadError::GivenUp);
+                }
+                tokio::time::sleep(LOOK).await;
+                continue;
+            };
+            let (index, block) = blocks.remove(next);
+            let bytes = block.end - block.start;
+            let _place = self.tier.writes().acquire().await;
+            let _under_way = self.tier.rates().written.begin();
+            let data = read_local(&self.part, block.clone()).await?;
+            sums.set(index, Sums::of(&data));
+            let file = Arc::clone(&target);
+            let write = self.tier.run(move |_| file.write(block.start, &data));
+            write.await?;
+            written.fetch_add(bytes, Ordering::Relaxed);
+            self.tier.rates().written.count(bytes);
+            self.tier.metrics().shared_written(bytes);
+            unsynced += bytes;
+            if unsynced >= SYNC_BYTES || blocks.is_empty() {
+                let (file, patience) = (Arc::clone(&target), self.tier.config().stall_timeout);
+                let sync = self.tier.run_within(patience * SYNC, move |_| file.sync());
+                sync.await?;
+                unsynced = 0;
+            }
+        }
+        if self.part.is_given_up() {
+            return Err(UploadError::GivenUp);
+        }
+        let (fill, segment) = (Arc::clone(&self.fill), self.segment);
+        let finish = self.tier.run(move |_| fill.finish(segment, &sums));
+        Ok(finish.await?)
+    }
+
+    /// Shows the others that the work goes on, as long as it does.
+    async fn keep_claim(&self, written: &AtomicU64) -> std::convert::Infallible {
+        let range = self.fill.range(self.segment);
+        let mut beats = tokio::time::interval(self.tier.config().claim_timeout / 5);
+        let mut shown = 0;
+        loop {
+            beats.tick().await;
+            let progress = self.part.present_in(&range) + written.load(Ordering::Relaxed);
+            if progress == shown {
+                continue;
+            }
+            shown = progress;
+            let fill = Arc::clone(&self.fill);
+            let claim = self.claim.clone();
+            let beat = self.tier.run(move |_| fill.beat(&claim, progress)).await;
+            if let Err(error) = beat {
+                tracing::debug!(error = %Chain(&error), "claim not kept up");
+            }
+        }
+    }
+}
+
+/// Gives a blob of the shared tier its final name if all of it is there.
+async fn seal(tier: &SharedTier, fill: &Arc<Fill>) {
+    let fill = Arc::clone(fill);
+    let sealed = tier.run(move |_| {
+        let view = fill.look()?;
+        match view.is_whole() && !view.sealed {
+            true => fill.seal(),
+            false => Ok(()),
+        }
+    });
+    if let Err(error) = sealed.await {
+        tracing::debug!(error = %Chain(&error), "shared blob not sealed");
+    }
+}
+
+/// What the shared tier still lacks of a file whose local bytes are verified.
+pub(super) struct Rest {
+    pub(super) tier: Arc<SharedTier>,
+    pub(super) fill: Arc<Fill>,
+    pub(super) part: Arc<Part>,
+    pub(super) verified: Arc<AtomicBool>,
+}
+
+impl Rest {
+    /// Writes what nobody brings, and seals what is whole.
+    pub(super) async fn write(self) {
+        while let Some((segment, claim)) = self.claim_next().await {
+            let upload = Upload {
+                tier: Arc::clone(&self.tier),
+                fill: Arc::clone(&self.fill),
+                part: Arc::clone(&self.part),
+                verified: Arc::clone(&self.verified),
+                segment,
+                claim,
+            };
+            upload.run().await;
+            let fill = Arc::clone(&self.fill);
+            let here = self
+                .tier
+                .run(move |_| Ok(fill.look()?.segments[segment].here));
+            if !here.await.unwrap_or(false) {
+                return;
+            }
+        }
+        seal(&self.tier, &self.fill).await;
+    }
+
+    async fn claim_next(&self) -> Option<(usize, SharedClaim)> {
+        let (fill, owner) = (Arc::clone(&self.fill), self.tier.owner().to_owned());
+        let claimed = self.tier.run(move |_| {
+            let view = fill.look()?;
+            // Whoever could not write all of it has said so.
+            for (index, segment) in view.segments.iter().enumerate() {
+                if !segment.here
+                    && segment.turn.is_none()
+                    && let Some(claim) = fill.claim(index, 0, &owner)?
+                {
+                    return Ok(Some((index, claim)));
+                }
+            }
+            Ok(None)
+        });
+        claimed.await.ok().flatten()
+    }
+}
