@@ -9,6 +9,7 @@ use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 use weightd_core::fetch::{FetchLimits, FetchRequest};
 use weightd_core::model::{ModelRef, Patterns};
+use weightd_core::shared::{Egress, SharedConfig, SharedOptions, is_segment};
 use weightd_core::store::{Holder, StoreLimits};
 
 use crate::access::{AccessLimits, PATIENCE, Policy, Rule};
@@ -43,6 +44,7 @@ pub struct Config {
     pub metrics: MetricsSection,
     pub log: LogSection,
     pub shutdown: ShutdownSection,
+    pub shared: SharedSection,
     pub prefetch: Vec<Prefetch>,
 }
 
@@ -103,6 +105,25 @@ section!(ShutdownSection {
     deadline: Span = Span(Duration::from_secs(20)),
 });
 
+section!(SharedSection {
+    root: Option<PathBuf> = None,
+    egress: EgressPolicy = EgressPolicy::Once,
+    filesystem: Option<String> = None,
+    segment: Option<Bytes> = None,
+    claim_timeout: Span = Span(Duration::from_secs(15)),
+    stall_timeout: Span = Span(Duration::from_secs(5)),
+});
+
+/// How often a byte may leave its origin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum EgressPolicy {
+    /// Once for all nodes.
+    Once,
+    /// As often as it takes to be fastest.
+    Fastest,
+}
+
 /// What decides who may read a model while its origin cannot be asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -148,6 +169,7 @@ impl Default for Config {
             metrics: MetricsSection::default(),
             log: LogSection::default(),
             shutdown: ShutdownSection::default(),
+            shared: SharedSection::default(),
             prefetch: Vec::new(),
         }
     }
@@ -320,6 +342,7 @@ impl Config {
         let absolute = self.file.allow.iter().all(|path| path.is_absolute());
         ensure(absolute, "file.allow", "all are absolute paths")?;
         self.policy()?;
+        self.check_shared()?;
         let filter = tracing_subscriber::EnvFilter::try_new(&self.log.level);
         ensure(
             filter.is_ok(),
@@ -327,6 +350,59 @@ impl Config {
             "it is error, warn, info, debug, trace or a filter of RUST_LOG's form",
         )?;
         Ok(())
+    }
+
+    /// Checks the settings of the shared tier.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError::Value`] for the first that makes no sense.
+    pub fn check_shared(&self) -> Result<(), ConfigError> {
+        let shared = &self.shared;
+        let absolute = shared.root.as_ref().is_none_or(|root| root.is_absolute());
+        ensure(absolute, "shared.root", "it is an absolute path")?;
+        let inside = |root: &PathBuf| root.starts_with(&self.root) || self.root.starts_with(root);
+        ensure(
+            !shared.root.as_ref().is_some_and(inside),
+            "shared.root",
+            "it does not lie in the store's root, nor the other way round",
+        )?;
+        let segment = shared.segment.is_none_or(|bytes| is_segment(bytes.0));
+        ensure(
+            segment,
+            "shared.segment",
+            "it is a multiple of 1 MiB, and at most 64 GiB",
+        )?;
+        let (claim, stall) = (shared.claim_timeout.0, shared.stall_timeout.0);
+        ensure(
+            (2..=3600).contains(&claim.as_secs()),
+            "shared.claim_timeout",
+            "it is between 2 s and 1 h",
+        )?;
+        ensure(
+            (1..=120).contains(&stall.as_secs()),
+            "shared.stall_timeout",
+            "it is between 1 s and 2 min",
+        )
+    }
+
+    /// The shared tier, if there is one.
+    #[must_use]
+    pub fn shared_config(&self) -> Option<SharedConfig> {
+        let shared = &self.shared;
+        Some(SharedConfig {
+            egress: match shared.egress {
+                EgressPolicy::Once => Egress::Once,
+                EgressPolicy::Fastest => Egress::Fastest,
+            },
+            options: SharedOptions {
+                segment_bytes: shared.segment.map(|bytes| bytes.0),
+                file_system: shared.filesystem.clone(),
+            },
+            claim_timeout: shared.claim_timeout.0,
+            stall_timeout: shared.stall_timeout.0,
+            root: shared.root.clone()?,
+        })
     }
 
     /// The store's limits.

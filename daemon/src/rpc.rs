@@ -197,10 +197,17 @@ impl Control for ControlService {
             .map(convert::progress)
             .collect();
         let usage = self.on_store(Store::usage).await?;
-        let tier = convert::tier("local", self.0.store.root(), &usage);
+        let mut tiers = vec![convert::tier("local", self.0.store.root(), &usage)];
+        let mut rates = Vec::new();
+        if let Some(tier) = self.0.fetcher.tier() {
+            let capacity = tier.run(|store| store.capacity()).await.ok();
+            tiers.push(convert::shared_tier(tier, capacity));
+            rates = convert::rates(tier);
+        }
         Ok(Response::new(wire::StatusResponse {
             fetches,
-            tiers: vec![tier],
+            tiers,
+            rates,
         }))
     }
 

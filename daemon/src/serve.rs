@@ -16,6 +16,7 @@ use weightd_core::blocking;
 use weightd_core::errors::Chain;
 use weightd_core::fetch::{FetchRequest, Fetcher};
 use weightd_core::metrics::Metrics;
+use weightd_core::shared::SharedTier;
 use weightd_core::store::{Partial, Store, StoreError};
 use weightd_proto::weightd::v1::control_server::ControlServer;
 
@@ -150,11 +151,14 @@ async fn start(config: &Config) -> Result<Started, ServeError> {
     let sources = Arc::new(sources);
     let store = blocking::run(move || Store::open(&root, limits)).await?;
     let metrics = Arc::new(Metrics::default());
-    let fetcher = Fetcher::new(
+    let tier = config.shared_config();
+    let tier = tier.map(|config| SharedTier::new(config, Arc::clone(&metrics)));
+    let fetcher = Fetcher::with_tier(
         Arc::clone(&store),
         Arc::<Origins>::clone(&sources),
         config.fetch_limits(),
         Arc::clone(&metrics),
+        tier,
     );
     let policy = config.policy()?;
     if policy.is_open() {

@@ -32,7 +32,7 @@ struct Args {
     /// Unix socket of the control API
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
-    /// Directory of the shared tier; this version has none yet
+    /// Directory of the shared tier, on a file system that all nodes mount
     #[arg(long, value_name = "DIR")]
     shared_root: Option<PathBuf>,
     /// Serve /metrics, /healthz and /readyz at ADDR
@@ -80,9 +80,6 @@ fn main() -> ExitCode {
 }
 
 fn settings(args: &Args) -> Result<Config, String> {
-    if args.shared_root.is_some() {
-        return Err("--shared-root: this version has no shared tier yet; leave it away".to_owned());
-    }
     let read = args
         .config
         .as_deref()
@@ -94,6 +91,9 @@ fn settings(args: &Args) -> Result<Config, String> {
     }
     if let Some(socket) = &args.socket {
         config.socket = absolute(socket);
+    }
+    if let Some(root) = &args.shared_root {
+        config.shared.root = Some(absolute(root));
     }
     if let Some(address) = args.metrics {
         config.metrics.listen = Some(address);

@@ -50,5 +50,11 @@ settings! {
     "log.format" = "\"auto\"": "text, json, or auto: text on a terminal, else JSON";
     "log.level" = "\"info\"": "error, warn, info, debug, trace, or a filter as RUST_LOG has it";
     "shutdown.deadline" = "\"20s\"": "How long SIGTERM lets requests and fetches end";
+    "shared.root" = "": "Directory of the shared tier, on a file system that all nodes mount; unset: none";
+    "shared.egress" = "\"once\"": "How often a byte may leave its origin: once for all nodes, or fastest (as often as it takes)";
+    "shared.filesystem" = "": "The type that the shared tier's file system must have, such as \"lustre\": else a mount that is missing would fill the node's own disk; unset: any";
+    "shared.segment" = "": "Bytes that a node claims at a time, for a store that is made anew; unset: 256 MiB";
+    "shared.claim_timeout" = "\"15s\"": "Take over what a node claimed and does not go on with for so long";
+    "shared.stall_timeout" = "\"5s\"": "Leave the shared tier out when it does not answer for so long";
     "prefetch" = "[]": "Models to bring at start: tables with model, include, exclude, pin";
 }

@@ -7,6 +7,7 @@ use secrecy::zeroize::Zeroizing;
 use tonic::Status;
 use weightd_core::fetch::{Fetched, Phase, Plan, Progress};
 use weightd_core::model::{ModelRef, Patterns};
+use weightd_core::shared::SharedTier;
 use weightd_core::source::LeftOut;
 use weightd_core::store::{
     Collected, Holder, Layout, Snapshot, Usage, Verified, Volume, VolumeRecord,
@@ -64,6 +65,7 @@ pub(super) fn progress(progress: &Progress) -> wire::Progress {
         bytes_per_second: progress.bytes_per_second,
         eta_seconds: progress.eta.map(|eta| eta.as_secs_f64()),
         elapsed_seconds: progress.elapsed.as_secs_f64(),
+        bytes_shared: progress.bytes_shared,
     }
 }
 
@@ -74,6 +76,7 @@ pub(super) fn fetched(fetched: &Fetched) -> wire::Prefetched {
         bytes_reused: fetched.bytes_reused,
         seconds: fetched.seconds,
         left_out: Some(left_out(&fetched.left_out)),
+        bytes_shared: fetched.bytes_shared,
     }
 }
 
@@ -98,7 +101,46 @@ pub(super) fn tier(tier: &str, root: &Path, usage: &Usage) -> wire::TierStatus {
         snapshots: usage.snapshots,
         partial_bytes: usage.partial,
         max_bytes: usage.max,
+        state: "in use".to_owned(),
+        detail: String::new(),
     }
+}
+
+/// The shared tier: what its file system said when it was last asked.
+pub(super) fn shared_tier(tier: &SharedTier, capacity: Option<(u64, u64)>) -> wire::TierStatus {
+    let state = tier.state();
+    let (capacity_bytes, free_bytes) = capacity.unwrap_or_default();
+    wire::TierStatus {
+        tier: "shared".to_owned(),
+        root: tier.config().root.display().to_string(),
+        capacity_bytes,
+        free_bytes,
+        state: match (state.readable, state.writable) {
+            (true, true) => "in use",
+            (true, false) => "only read",
+            (false, _) => "left out",
+        }
+        .to_owned(),
+        detail: state.detail,
+        ..wire::TierStatus::default()
+    }
+}
+
+/// What was measured so far.
+pub(super) fn rates(tier: &SharedTier) -> Vec<wire::Rate> {
+    let rates = tier.rates();
+    let ways = [
+        ("origin", &rates.origin),
+        ("shared_read", &rates.shared),
+        ("shared_write", &rates.written),
+    ];
+    let known = ways.into_iter().filter_map(|(way, rate)| {
+        Some(wire::Rate {
+            way: way.to_owned(),
+            bytes_per_second: rate.get()?,
+        })
+    });
+    known.collect()
 }
 
 pub(super) fn plan(plan: Plan) -> wire::PlanResponse {
@@ -106,6 +148,7 @@ pub(super) fn plan(plan: Plan) -> wire::PlanResponse {
         path: file.path.to_string(),
         bytes: file.bytes,
         local: file.local,
+        bytes_shared: file.shared,
     });
     wire::PlanResponse {
         file: file.collect(),
@@ -121,6 +164,8 @@ pub(super) fn plan(plan: Plan) -> wire::PlanResponse {
         seconds_from_origin: plan.seconds_from_origin,
         left_out: Some(left_out(&plan.left_out)),
         published: plan.published,
+        bytes_shared: plan.bytes_shared,
+        seconds_from_shared: plan.seconds_from_shared,
     }
 }
 

@@ -48,7 +48,7 @@ pub(super) struct Share {
     size: u64,
     fill: std::sync::Mutex<Arc<Fill>>,
     /// Bytes that came from the shared tier.
-    copied: AtomicU64,
+    copied: Arc<AtomicU64>,
     /// The local bytes are what the origin claims.
     verified: Arc<AtomicBool>,
 }
@@ -77,7 +77,7 @@ impl Share {
             tier,
             key,
             size,
-            copied: AtomicU64::new(0),
+            copied: Arc::default(),
             verified: Arc::default(),
         })
     }
@@ -490,6 +490,7 @@ impl<'a> Bringing<'a> {
             range: piece.range.clone(),
             part: Arc::clone(self.part),
             meter: Arc::clone(&self.origin.meter),
+            copied: Arc::clone(&self.share.copied),
         };
         let task = async move { (index, Ended::Copied(copy.run().await)) };
         piece.copying = Some(self.tasks.spawn(task));
@@ -564,8 +565,6 @@ impl<'a> Bringing<'a> {
                 piece.copying = None;
                 match result {
                     Ok(()) => {
-                        let bytes = piece.bytes();
-                        self.share.copied.fetch_add(bytes, Ordering::Relaxed);
                         self.finish_piece(index);
                         self.tries_of_origin = 0;
                     }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use weightd::config::{Bytes, EgressPolicy, Span};
 use weightd_core::model::ModelRef;
 use weightd_core::store::Holder;
 
@@ -41,12 +42,55 @@ pub(crate) struct Global {
     /// Talk to the daemon at PATH [env: WEIGHTD_SOCKET] [default: /run/weightd/weightd.sock]
     #[arg(long, value_name = "PATH", global = true)]
     pub(crate) socket: Option<PathBuf>,
+    /// Directory of the shared tier, for work without a daemon
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "WEIGHTD_SHARED_ROOT",
+        hide_env_values = true,
+        global = true
+    )]
+    pub(crate) shared_root: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) tier: TierArgs,
     /// How results are printed on stdout
     #[arg(long, value_enum, default_value_t = Format::Text, global = true)]
     pub(crate) output: Format,
     /// Say on stderr what is going on; twice for more
     #[arg(short, long, action = clap::ArgAction::Count, global = true)]
     pub(crate) verbose: u8,
+}
+
+/// How the shared tier is used without a daemon, which has its configuration.
+#[derive(Debug, Default, Args)]
+pub(crate) struct TierArgs {
+    /// How often a byte may leave its origin
+    #[arg(
+        long = "shared-egress",
+        value_enum,
+        env = "WEIGHTD_SHARED_EGRESS",
+        global = true,
+        hide = true
+    )]
+    pub(crate) egress: Option<EgressPolicy>,
+    /// Bytes that a node claims at a time, for a shared tier that is made anew
+    #[arg(
+        long = "shared-segment",
+        value_name = "BYTES",
+        env = "WEIGHTD_SHARED_SEGMENT",
+        global = true,
+        hide = true
+    )]
+    pub(crate) segment: Option<Bytes>,
+    /// Take over what a node claimed and does not go on with for so long
+    #[arg(
+        long = "shared-claim-timeout",
+        value_name = "TIME",
+        env = "WEIGHTD_SHARED_CLAIM_TIMEOUT",
+        global = true,
+        hide = true
+    )]
+    pub(crate) claim_timeout: Option<Span>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

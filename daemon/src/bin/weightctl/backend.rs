@@ -17,6 +17,7 @@ use weightd::sources::Origins;
 use weightd::volumes::Volumes;
 use weightd_core::errors::Chain;
 use weightd_core::fetch::{FetchLimits, Fetcher};
+use weightd_core::shared::SharedTier;
 use weightd_core::store::{Store, StoreLimits};
 use weightd_proto::weightd::v1::VersionRequest;
 use weightd_proto::weightd::v1::control_client::ControlClient;
@@ -29,6 +30,9 @@ const DEFAULT_SOCKET: &str = "/run/weightd/weightd.sock";
 
 /// How long an interrupted fetch may take to let go.
 const STOP: Duration = Duration::from_secs(5);
+
+/// How long what was fetched may take to be written to the shared tier, too.
+const WRITE_BEHIND: Duration = Duration::from_secs(600);
 
 /// How long a daemon may take to say that it is there.
 const ANSWER: Duration = Duration::from_secs(5);
@@ -109,7 +113,7 @@ fn choose(
 impl Backend {
     pub(crate) async fn open(global: &Global) -> anyhow::Result<Self> {
         match place(global)? {
-            Place::Root(root) => Self::embedded(&root).await,
+            Place::Root(root) => Self::embedded(&root, global).await,
             Place::Socket(socket) => Self::daemon(&socket).await,
             Place::Either => match Self::daemon(Path::new(DEFAULT_SOCKET)).await {
                 Ok(daemon) => {
@@ -122,7 +126,7 @@ impl Backend {
                         "no daemon at {DEFAULT_SOCKET}, using the store at {}",
                         root.display()
                     ));
-                    Self::embedded(&root).await
+                    Self::embedded(&root, global).await
                 }
             },
         }
@@ -162,7 +166,8 @@ impl Backend {
     }
 
     /// Opens the store in this process and serves the daemon's API on it, to itself.
-    async fn embedded(root: &Path) -> anyhow::Result<Self> {
+    async fn embedded(root: &Path, global: &Global) -> anyhow::Result<Self> {
+        let config = config(root, global)?;
         let path = root.to_owned();
         let store = weightd_core::blocking::run(move || Store::open(&path, StoreLimits::default()));
         let store = store.await.map_err(|error| {
@@ -174,13 +179,15 @@ impl Backend {
         })?;
         let sources = Arc::new(Origins::from_env()?);
         let metrics = Arc::default();
-        let fetcher = Fetcher::new(
+        let tier = config.shared_config();
+        let tier = tier.map(|config| SharedTier::new(config, Arc::clone(&metrics)));
+        let fetcher = Fetcher::with_tier(
             Arc::clone(&store),
             Arc::<Origins>::clone(&sources),
             FetchLimits::default(),
             Arc::clone(&metrics),
+            tier,
         );
-        let config = Config::default();
         let access = Access::new(
             sources,
             Arc::clone(&store),
@@ -213,6 +220,18 @@ impl Backend {
         })
     }
 
+    /// Ends what goes on in this process behind the command: what it owes the other nodes is written first.
+    pub(crate) async fn finish(&self) {
+        let Worker::Embedded(fetcher) = &self.worker else {
+            return;
+        };
+        let Some(tier) = fetcher.tier() else { return };
+        if tier.writes_under_way() > 0 {
+            output::note("writing to the shared tier what other nodes lack");
+        }
+        tier.settle(WRITE_BEHIND).await;
+    }
+
     /// What a failed command means here: without a daemon, none is out of reach.
     pub(crate) fn explain(&self, error: anyhow::Error) -> anyhow::Error {
         match (error.downcast::<Broken>(), &self.worker) {
@@ -240,6 +259,27 @@ impl Backend {
     }
 }
 
+/// The daemon's configuration as far as the command line has it.
+fn config(root: &Path, global: &Global) -> anyhow::Result<Config> {
+    let mut config = Config {
+        root: std::path::absolute(root).unwrap_or_else(|_| root.to_owned()),
+        ..Config::default()
+    };
+    let shared = global.shared_root.as_deref().map(std::path::absolute);
+    config.shared.root = shared.transpose().context("cannot resolve --shared-root")?;
+    config.shared.segment = global.tier.segment;
+    if let Some(egress) = global.tier.egress {
+        config.shared.egress = egress;
+    }
+    if let Some(timeout) = global.tier.claim_timeout {
+        config.shared.claim_timeout = timeout;
+    }
+    match config.check_shared() {
+        Ok(()) => Ok(config),
+        Err(error) => Err(crate::Usage::error(&error.to_string())),
+    }
+}
+
 fn client(channel: Channel) -> ControlClient<Channel> {
     // A list with the files of many models is longer than the default limit.
     ControlClient::new(channel).max_decoding_message_size(usize::MAX)
@@ -262,6 +302,8 @@ mod tests {
         let global = |root: Option<&str>, socket: Option<&str>| Global {
             root: root.map(PathBuf::from),
             socket: socket.map(PathBuf::from),
+            shared_root: None,
+            tier: crate::args::TierArgs::default(),
             output: Format::Text,
             verbose: 0,
         };

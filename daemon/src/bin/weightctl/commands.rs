@@ -28,7 +28,11 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<()> {
     let backend = Backend::open(&cli.global).await?;
     let mut client = backend.client.clone();
     tokio::select! {
-        outcome = dispatch(&mut client, output, cli.command) => outcome.map_err(|error| backend.explain(error)),
+        outcome = async {
+            let outcome = dispatch(&mut client, output, cli.command).await;
+            backend.finish().await;
+            outcome
+        } => outcome.map_err(|error| backend.explain(error)),
         _ = tokio::signal::ctrl_c() => {
             output::error(backend.interrupted().await);
             std::process::exit(130);
@@ -213,6 +217,7 @@ fn prefetched_json(done: &wire::Prefetched) -> Value {
         "files": snapshot.files,
         "bytes": snapshot.bytes,
         "bytes_fetched": done.bytes_fetched,
+        "bytes_shared": done.bytes_shared,
         "bytes_reused": done.bytes_reused,
         "seconds": done.seconds,
         "left_out": left_out_json(done.left_out.as_ref()),
@@ -221,17 +226,22 @@ fn prefetched_json(done: &wire::Prefetched) -> Value {
 
 fn prefetched_text(done: &wire::Prefetched) -> String {
     let snapshot = done.snapshot.clone().unwrap_or_default();
-    let rate = bytes((done.bytes_fetched as f64 / done.seconds.max(0.001)) as u64);
-    let fetched = bytes(done.bytes_fetched);
-    let reused = bytes(done.bytes_reused);
-    let how = match (done.bytes_fetched, done.bytes_reused) {
-        (0, _) => format!("all {reused} were already here"),
-        (_, 0) => format!("{fetched} in {} ({rate}/s)", seconds(done.seconds)),
-        _ => format!(
-            "{fetched} in {} ({rate}/s), {reused} was already here",
-            seconds(done.seconds)
-        ),
+    let moved = done.bytes_fetched + done.bytes_shared;
+    let rate = bytes((moved as f64 / done.seconds.max(0.001)) as u64);
+    let (all, fetched) = (bytes(moved), bytes(done.bytes_fetched));
+    let (shared, reused) = (bytes(done.bytes_shared), bytes(done.bytes_reused));
+    let mut how = match moved {
+        0 => format!("all {reused} were already here"),
+        _ => format!("{all} in {} ({rate}/s)", seconds(done.seconds)),
     };
+    if done.bytes_shared > 0 {
+        how.push_str(&format!(
+            ", {shared} from the shared tier, {fetched} from the origin"
+        ));
+    }
+    if moved > 0 && done.bytes_reused > 0 {
+        how.push_str(&format!(", {reused} was already here"));
+    }
     let mut text = format!("{}\n{how}\n", snapshot.model);
     text.push_str(&left_out_text(done.left_out.as_ref()));
     text.push_str(&snapshot.path);
@@ -330,10 +340,18 @@ async fn status(client: &mut Client, output: Output) -> anyhow::Result<()> {
     let status = ask(client.status(wire::StatusRequest {}).await)?;
     let fetches: Vec<Value> = status.fetches.iter().map(fetch_json).collect();
     let tiers: Vec<Value> = status.tiers.iter().map(tier_json).collect();
-    let value = json!({ "version": version.version, "root": version.root, "fetches": fetches, "tiers": tiers });
+    let rates = status.rates.iter();
+    let rates: serde_json::Map<String, Value> = rates
+        .map(|rate| (rate.way.clone(), rate.bytes_per_second.into()))
+        .collect();
+    let value = json!({ "version": version.version, "root": version.root, "fetches": fetches, "tiers": tiers, "rates": rates });
     output.result(&value, |_| {
         let mut text = String::new();
         for tier in &status.tiers {
+            if tier.tier == "shared" {
+                text.push_str(&shared_text(tier, &status.rates));
+                continue;
+            }
             let used = tier.capacity_bytes.saturating_sub(tier.free_bytes);
             text.push_str(&format!(
                 "{} tier at {}\n  {} in {}, {} pinned, {} partial\n  file system: {} of {} used; eviction from {} down to {}\n",
@@ -354,6 +372,27 @@ async fn status(client: &mut Client, output: Output) -> anyhow::Result<()> {
     })
 }
 
+fn shared_text(tier: &wire::TierStatus, rates: &[wire::Rate]) -> String {
+    let why = match tier.detail.as_str() {
+        "" => String::new(),
+        detail => format!(": {detail}"),
+    };
+    let mut text = format!("shared tier at {}\n  {}{why}\n", tier.root, tier.state);
+    if tier.capacity_bytes > 0 {
+        let used = tier.capacity_bytes.saturating_sub(tier.free_bytes);
+        text.push_str(&format!(
+            "  file system: {} of {} used\n",
+            bytes(used),
+            bytes(tier.capacity_bytes)
+        ));
+    }
+    for rate in rates {
+        let measured = bytes(rate.bytes_per_second as u64);
+        text.push_str(&format!("  {}: {measured}/s\n", rate.way.replace('_', " ")));
+    }
+    text
+}
+
 fn fetch_json(fetch: &wire::Progress) -> Value {
     json!({
         "model": fetch.model,
@@ -364,6 +403,7 @@ fn fetch_json(fetch: &wire::Progress) -> Value {
         "bytes": fetch.bytes,
         "bytes_done": fetch.bytes_done,
         "bytes_fetched": fetch.bytes_fetched,
+        "bytes_shared": fetch.bytes_shared,
         "bytes_per_second": fetch.bytes_per_second,
         "eta_seconds": fetch.eta_seconds,
         "elapsed_seconds": fetch.elapsed_seconds,
@@ -374,6 +414,8 @@ fn tier_json(tier: &wire::TierStatus) -> Value {
     json!({
         "tier": tier.tier,
         "root": tier.root,
+        "state": tier.state,
+        "detail": Some(&tier.detail).filter(|detail| !detail.is_empty()),
         "capacity_bytes": tier.capacity_bytes,
         "used_bytes": tier.capacity_bytes.saturating_sub(tier.free_bytes),
         "free_bytes": tier.free_bytes,
@@ -393,7 +435,7 @@ async fn plan(client: &mut Client, output: Output, spec: &Spec) -> anyhow::Resul
             model: Some(wire_spec(spec)),
         })
         .await)?;
-    let file = |file: &wire::PlannedFile| json!({ "path": file.path, "bytes": file.bytes, "local": file.local });
+    let file = |file: &wire::PlannedFile| json!({ "path": file.path, "bytes": file.bytes, "local": file.local, "bytes_shared": file.bytes_shared });
     let value = json!({
         "model": plan.model,
         "snapshot": plan.snapshot,
@@ -401,48 +443,60 @@ async fn plan(client: &mut Client, output: Output, spec: &Spec) -> anyhow::Resul
         "files": plan.files,
         "bytes": plan.bytes,
         "bytes_local": plan.bytes_local,
-        "bytes_shared": 0,
+        "bytes_shared": plan.bytes_shared,
         "bytes_to_fetch": plan.bytes_to_fetch,
         "evict": plan.evict,
         "evict_bytes": plan.evict_bytes,
         "bytes_short": plan.bytes_short,
-        "seconds_expected": { "origin": plan.seconds_from_origin },
+        "seconds_expected": { "origin": plan.seconds_from_origin, "shared": plan.seconds_from_shared },
         "left_out": left_out_json(plan.left_out.as_ref()),
         "file_list": plan.file.iter().map(file).collect::<Vec<_>>(),
     });
-    output.result(&value, |_| {
-        let here = if plan.published { ", ready" } else { "" };
-        let mut text = format!(
-            "{}\n{} of {}: {} here{here}, {} to fetch\n",
-            plan.model,
-            count(plan.files, "file"),
-            bytes(plan.bytes),
-            bytes(plan.bytes_local),
-            bytes(plan.bytes_to_fetch),
-        );
-        if let Some(expected) = plan.seconds_from_origin.filter(|_| plan.bytes_to_fetch > 0) {
-            text.push_str(&format!(
-                "about {} from the origin, at the rate of earlier fetches\n",
-                seconds(expected)
-            ));
-        }
-        if !plan.evict.is_empty() {
-            text.push_str(&format!(
-                "evicts {} ({}): {}\n",
-                count(plan.evict.len() as u64, "snapshot"),
-                bytes(plan.evict_bytes),
-                plan.evict.join(", ")
-            ));
-        }
-        if plan.bytes_short > 0 {
-            text.push_str(&format!(
-                "does not fit: {} are missing even then\n",
-                bytes(plan.bytes_short)
-            ));
-        }
-        text.push_str(&left_out_text(plan.left_out.as_ref()));
-        text
-    })
+    output.result(&value, |_| plan_text(&plan))
+}
+
+fn plan_text(plan: &wire::PlanResponse) -> String {
+    let here = if plan.published { ", ready" } else { "" };
+    let mut text = format!(
+        "{}\n{} of {}: {} here{here}, {} to fetch\n",
+        plan.model,
+        count(plan.files, "file"),
+        bytes(plan.bytes),
+        bytes(plan.bytes_local),
+        bytes(plan.bytes_to_fetch),
+    );
+    if plan.bytes_shared > 0 {
+        let expected = plan
+            .seconds_from_shared
+            .map(|s| format!(", about {}", seconds(s)));
+        let expected = expected.unwrap_or_default();
+        let shared = bytes(plan.bytes_shared);
+        text.push_str(&format!(
+            "{shared} of that from the shared tier{expected}\n"
+        ));
+    }
+    if let Some(expected) = plan.seconds_from_origin.filter(|_| plan.bytes_to_fetch > 0) {
+        text.push_str(&format!(
+            "about {} from the origin, at the rate of earlier fetches\n",
+            seconds(expected)
+        ));
+    }
+    if !plan.evict.is_empty() {
+        text.push_str(&format!(
+            "evicts {} ({}): {}\n",
+            count(plan.evict.len() as u64, "snapshot"),
+            bytes(plan.evict_bytes),
+            plan.evict.join(", ")
+        ));
+    }
+    if plan.bytes_short > 0 {
+        text.push_str(&format!(
+            "does not fit: {} are missing even then\n",
+            bytes(plan.bytes_short)
+        ));
+    }
+    text.push_str(&left_out_text(plan.left_out.as_ref()));
+    text
 }
 
 async fn gc(client: &mut Client, output: Output, partial: bool) -> anyhow::Result<()> {

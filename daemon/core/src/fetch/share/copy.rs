@@ -5,6 +5,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
@@ -37,6 +38,8 @@ pub(super) struct Copied {
     pub(super) range: Range<u64>,
     pub(super) part: Arc<Part>,
     pub(super) meter: Arc<Meter>,
+    /// Bytes of this file that came from the shared tier.
+    pub(super) copied: Arc<AtomicU64>,
 }
 
 impl Copied {
@@ -80,15 +83,16 @@ impl Copied {
             .run(move |store| read(store, &file, &sums, index, range));
         let data = read.await?.map_err(CopyError::Bad)?;
         self.tier.rates().shared.count(data.len() as u64);
+        // Before they are written: with the last of them the hasher is done, and nobody waits for us.
         let inside = block.start.max(self.range.start)..block.end.min(self.range.end);
+        let copied = inside.end - inside.start;
+        self.copied.fetch_add(copied, Ordering::Relaxed);
+        self.meter.copied(copied);
+        self.tier.metrics().shared_copied(copied);
         let part = Arc::clone(&self.part);
         // All of the block: what is here already stays as it is.
         let written = blocking::run(move || part.write(block.start, &[data])).await;
-        written.map_err(CopyError::Local)?;
-        let copied = inside.end - inside.start;
-        self.meter.copied(copied);
-        self.tier.metrics().shared_copied(copied);
-        Ok(())
+        written.map_err(CopyError::Local)
     }
 }
 
