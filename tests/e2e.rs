@@ -10,4 +10,5 @@ mod e2e {
     mod hub;
     mod processes;
     mod s3;
+    mod shared;
 }

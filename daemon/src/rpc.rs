@@ -200,6 +200,7 @@ impl Control for ControlService {
         let mut tiers = vec![convert::tier("local", self.0.store.root(), &usage)];
         let mut rates = Vec::new();
         if let Some(tier) = self.0.fetcher.tier() {
+            tier.seen().await;
             let capacity = tier.run(|store| store.capacity()).await.ok();
             tiers.push(convert::shared_tier(tier, capacity));
             rates = convert::rates(tier);

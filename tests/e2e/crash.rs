@@ -18,6 +18,7 @@ use weightd_core::store::{StageKey, Store, StoreLimits};
 use weightd_standin::{Fault, FaultKind, Files, Hub, HubConfig, Origin, Repo};
 
 use super::harness::{Ran, Running, Sandbox, assert_sound, run, tree};
+use super::shared;
 
 pub(super) const MIB: u64 = 1 << 20;
 pub(super) const MODEL: &str = "hf://org/model";
@@ -288,6 +289,8 @@ fn every_fault_point_has_a_test_that_dies_there() {
         OF_A_REPAIR,
         OF_A_TORN_PART,
         OF_A_VOLUME,
+        shared::OF_A_SHARED_FETCH,
+        shared::OF_DAMAGE,
     ];
     let tested: BTreeSet<&str> = tested.concat().into_iter().collect();
     let known: BTreeSet<&str> = fault::POINTS.iter().copied().collect();

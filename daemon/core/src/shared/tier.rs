@@ -70,6 +70,9 @@ pub struct TierState {
     pub detail: String,
 }
 
+/// Why a tier is left out at first.
+const UNSEEN: &str = "it was not looked at yet";
+
 /// Calls at once. Those that hang hold a thread each: the rest of the blocking pool stays free.
 const CALLS: usize = 24;
 
@@ -152,7 +155,7 @@ impl SharedTier {
             owner: format!("{} {}", host.to_string_lossy(), uuid::Uuid::new_v4()),
             state: Mutex::new(State {
                 store: None,
-                away: Some("it was not looked at yet".to_owned()),
+                away: Some(UNSEEN.to_owned()),
                 read_only: None,
                 answered: None,
                 layout_set: false,
@@ -254,6 +257,14 @@ impl SharedTier {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().expect("no holder of this lock panics")
+    }
+
+    /// Waits until it was looked at once: at most one stall timeout.
+    pub async fn seen(&self) {
+        let looked = self.looked.notified();
+        if self.lock().away.as_deref() == Some(UNSEEN) {
+            let _ = timeout(self.config.stall_timeout, looked).await;
+        }
     }
 
     /// Whether it answers, after a look if the last one is old: at most one stall timeout.

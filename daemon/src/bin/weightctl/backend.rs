@@ -220,12 +220,26 @@ impl Backend {
         })
     }
 
-    /// Ends what goes on in this process behind the command: what it owes the other nodes is written first.
-    pub(crate) async fn finish(&self) {
+    /// Ends what goes on in this process behind the command: what it owes the other nodes is
+    /// written first. `fetched`: the command would have used the shared tier.
+    pub(crate) async fn finish(&self, fetched: bool) {
         let Worker::Embedded(fetcher) = &self.worker else {
             return;
         };
         let Some(tier) = fetcher.tier() else { return };
+        let state = tier.state();
+        if fetched && !state.writable {
+            let root = tier.config().root.display();
+            let how = if state.readable {
+                "only read"
+            } else {
+                "left out"
+            };
+            output::note(&format!(
+                "the shared tier at {root} is {how}: {}",
+                state.detail
+            ));
+        }
         if tier.writes_under_way() > 0 {
             output::note("writing to the shared tier what other nodes lack");
         }

@@ -29,8 +29,9 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<()> {
     let mut client = backend.client.clone();
     tokio::select! {
         outcome = async {
+            let fetched = matches!(cli.command, Command::Prefetch { .. });
             let outcome = dispatch(&mut client, output, cli.command).await;
-            backend.finish().await;
+            backend.finish(fetched).await;
             outcome
         } => outcome.map_err(|error| backend.explain(error)),
         _ = tokio::signal::ctrl_c() => {
