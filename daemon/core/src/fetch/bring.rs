@@ -17,7 +17,7 @@ use crate::digest::{ClaimMismatch, Digest};
 use crate::errors::Chain;
 use crate::manifest::{FileEntry, Manifest};
 use crate::model::{Patterns, RelPath, Revision, SnapshotId};
-use crate::shared::{SharedSnapshot, SharedTier, is_shareable};
+use crate::shared::{SharedSnapshot, is_shareable};
 use crate::source::{LeftOut, Listing, RemoteFile, Source, SourceError};
 use crate::store::{
     Claimed, FetchRecord, HashError, Lease, Part, Room, Snapshot, SnapshotLease, StageKey, Store,
@@ -481,9 +481,8 @@ impl OneFile<'_> {
         loop {
             let first = wrong + torn + wrong_shared == 0;
             // After that alone: it must not go on like this.
-            let tier = self.origin.shared.tier.as_ref();
-            let tier = tier.filter(|_| wrong == 0 && wrong_shared < WRONG_SHARED);
-            match self.try_once(&meter, first, tier).await? {
+            let alone = wrong > 0 || wrong_shared >= WRONG_SHARED;
+            match self.try_once(&meter, first, alone).await? {
                 Tried::Here(entry) => {
                     meter.set(entry.size);
                     return Ok(entry);
@@ -526,12 +525,12 @@ impl OneFile<'_> {
         }
     }
 
-    /// `first` says that the file has not taken its room yet.
+    /// `first` says that the file has not taken its room yet, `alone` that the shared tier is not to help.
     async fn try_once(
         &self,
         meter: &FileMeter<'_>,
         first: bool,
-        tier: Option<&Arc<SharedTier>>,
+        alone: bool,
     ) -> Result<Tried, FetchError> {
         let turns = &self.origin.shared.turns;
         let (claim, _turn) = loop {
@@ -566,18 +565,20 @@ impl OneFile<'_> {
             // Some of it this fetch itself has brought.
             false => meter.set(part.present()),
         }
-        let share = Share::open(tier, &self.file).await;
-        self.download(part, share.as_ref(), meter).await
+        let share = Share::open(self.origin.shared.tier.as_ref(), &self.file).await;
+        self.download(part, share.as_ref(), alone, meter).await
     }
 
     async fn download(
         &self,
         part: Arc<Part>,
         share: Option<&Share>,
+        alone: bool,
         meter: &FileMeter<'_>,
     ) -> Result<Tried, FetchError> {
         let begun = Instant::now();
-        match parts::download(self.origin, &self.file, &part, meter, share).await {
+        let helped = share.filter(|_| !alone);
+        match parts::download(self.origin, &self.file, &part, meter, helped).await {
             Ok(digest) => {
                 let hashed = Instant::now();
                 let sealed = Arc::clone(&part);
@@ -599,7 +600,7 @@ impl OneFile<'_> {
             }
             Err(PartsError::Hash(HashError::Mismatch(mismatch))) => {
                 self.on_store(move |_, _, _| part.discard()).await?;
-                match share {
+                match helped {
                     Some(share) if share.is_to_blame().await => Ok(Tried::WrongShared(mismatch)),
                     _ => Ok(Tried::Wrong(mismatch)),
                 }

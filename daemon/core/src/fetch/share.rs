@@ -29,6 +29,10 @@ mod upload;
 const LOOK: Duration = Duration::from_millis(200);
 const LATEST_LOOK: Duration = Duration::from_secs(2);
 
+/// An owner that was silent for so much of the claim timeout is thought dead: the rest of it is for noticing, and
+/// for beginning anew.
+const SILENT: f64 = 0.7;
+
 /// Calls for one file that may fail before it is brought without the shared tier.
 const FAILURES: u32 = 5;
 
@@ -109,13 +113,11 @@ impl Share {
         self.tier.behind().spawn(rest.write());
     }
 
-    /// The local bytes proved wrong. True if some came from the shared tier: there they are set aside.
+    /// The local bytes proved wrong: those in the shared tier are set aside, whoever brought them. True if some
+    /// of the local ones came from there.
     pub(super) async fn is_to_blame(&self) -> bool {
-        if self.copied.load(Ordering::Relaxed) == 0 {
-            return false;
-        }
         self.set_aside().await;
-        true
+        self.copied.load(Ordering::Relaxed) > 0
     }
 
     async fn set_aside(&self) {
@@ -225,6 +227,7 @@ impl<'a> Bringing<'a> {
         let part_bytes = origin.shared.limits.part_bytes;
         // Whole blocks: each is checked as a whole.
         let piece_bytes = part_bytes.next_multiple_of(BLOCK_BYTES);
+        let piece_bytes = piece_bytes.min(fill.segment_bytes());
         let now = Instant::now();
         Self {
             share,
@@ -388,7 +391,11 @@ impl<'a> Bringing<'a> {
             .filter(|index| matches!(self.place(*index), Place::Theirs { silent: false }))
             .filter_map(|index| Some((index, self.view.segments[index].turn?)))
             .collect();
-        if wanted.is_empty() || self.heard.elapsed() < timeout / 10 {
+        if wanted.is_empty() {
+            return;
+        }
+        self.pause = self.pause.min(timeout / 10);
+        if self.heard.elapsed() < timeout / 20 {
             return;
         }
         self.heard = Instant::now();
@@ -400,7 +407,7 @@ impl<'a> Bringing<'a> {
         for (segment, turn, content) in read.await.unwrap_or_default() {
             let now = self.clock.elapsed();
             let silence = self.silence.observe(segment, turn, content, now);
-            if silence >= timeout {
+            if silence >= timeout.mul_f64(SILENT) {
                 tracing::info!(path = %self.file.path, segment, "claim of a silent node is taken over");
                 self.silent.insert(segment, turn);
             }
@@ -414,12 +421,17 @@ impl<'a> Bringing<'a> {
         for segment in done {
             self.mine.remove(&segment);
             for piece in &mut self.pieces {
-                if piece.segment == segment && !piece.done {
-                    piece.owed = None;
-                    if let Some(task) = piece.fetching.take() {
-                        task.abort();
-                        self.fetching -= 1;
-                    }
+                if piece.segment != segment || piece.done {
+                    continue;
+                }
+                piece.owed = None;
+                if let Some(task) = piece.fetching.take() {
+                    task.abort();
+                    self.fetching -= 1;
+                }
+                // It may have been this node itself, and the news of its last piece are on their way.
+                if self.part.present_in(&piece.range) == piece.bytes() {
+                    piece.finish();
                 }
             }
         }

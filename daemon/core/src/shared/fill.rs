@@ -134,6 +134,12 @@ impl Fill {
         usize::try_from(self.size.div_ceil(self.segment_bytes)).expect("no file is that large")
     }
 
+    /// How many bytes a segment has, unless it is the last.
+    #[must_use]
+    pub fn segment_bytes(&self) -> u64 {
+        self.segment_bytes
+    }
+
     /// The bytes of a segment.
     #[must_use]
     pub fn range(&self, segment: usize) -> Range<u64> {
@@ -200,7 +206,7 @@ impl Fill {
         Ok(names)
     }
 
-    /// Claims a turn of a segment; `None` if somebody else was faster.
+    /// Claims a turn of a segment; `None` if somebody else was faster, or it is here by now.
     ///
     /// # Errors
     ///
@@ -221,6 +227,14 @@ impl Fill {
             name,
             owner: owner.to_owned(),
         };
+        // A list of names is not a moment's picture: the last owner may have finished and let go meanwhile.
+        if self
+            .has(&format!("{segment}.sums"))
+            .at("look at", &self.path)?
+        {
+            self.release(&claim)?;
+            return Ok(None);
+        }
         self.beat_into(&claim, &file, 0)?;
         Ok(Some(claim))
     }
@@ -405,6 +419,14 @@ impl Fill {
         let flags = flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let mode = Mode::from_bits_truncate(0o644);
         Ok(openat(&self.dir, name, flags, mode).map(File::from)?)
+    }
+
+    fn has(&self, name: &str) -> io::Result<bool> {
+        match fstatat(self.dir.as_fd(), name, AtFlags::AT_SYMLINK_NOFOLLOW) {
+            Ok(_) => Ok(true),
+            Err(nix::Error::ENOENT) => Ok(false),
+            Err(errno) => Err(errno.into()),
+        }
     }
 
     /// A small file's text; `None` if it is not there.

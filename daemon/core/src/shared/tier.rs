@@ -88,6 +88,9 @@ const PAUSE: Duration = Duration::from_secs(2);
 /// How long claims and leases may take to be removed at the end.
 const LET_GO: Duration = Duration::from_secs(2);
 
+/// A tier that could not be written is not written to for so long, or it would be tried for every segment.
+const SPARE: Duration = Duration::from_secs(30);
+
 /// A tier that answered so short a time ago is not asked again whether it does.
 const FRESH: Duration = Duration::from_secs(10);
 
@@ -101,7 +104,7 @@ pub struct SharedTier {
     writes: Semaphore,
     copies: Semaphore,
     rates: Rates,
-    outstanding: Arc<AtomicU64>,
+    outstanding: AtomicU64,
     /// One file at a time claims: else all would claim for the same hunger.
     turn: tokio::sync::Mutex<()>,
     /// Something changed that a file may wait for.
@@ -124,20 +127,25 @@ struct State {
     away: Option<String>,
     /// Why it is not written to.
     read_only: Option<String>,
+    /// However well it looks before.
+    read_only_until: Option<Instant>,
     answered: Option<Instant>,
     layout_set: bool,
 }
 
 /// Bytes that this process has set out to fetch. Dropping it says that they came, or will not.
-#[derive(Debug)]
 pub(crate) struct Owed {
-    all: Arc<AtomicU64>,
+    tier: Arc<SharedTier>,
     bytes: u64,
 }
 
 impl Drop for Owed {
     fn drop(&mut self) {
-        self.all.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.tier
+            .outstanding
+            .fetch_sub(self.bytes, Ordering::Relaxed);
+        // Another file may claim now.
+        self.tier.changed.notify_waiters();
     }
 }
 
@@ -157,6 +165,7 @@ impl SharedTier {
                 store: None,
                 away: Some(UNSEEN.to_owned()),
                 read_only: None,
+                read_only_until: None,
                 answered: None,
                 layout_set: false,
             }),
@@ -164,7 +173,7 @@ impl SharedTier {
             writes: Semaphore::new(WRITES),
             copies: Semaphore::new(COPIES),
             rates: Rates::default(),
-            outstanding: Arc::default(),
+            outstanding: AtomicU64::new(0),
             turn: tokio::sync::Mutex::default(),
             changed: Notify::new(),
             suspicion: Notify::new(),
@@ -249,10 +258,10 @@ impl SharedTier {
         self.outstanding.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn owe(&self, bytes: u64) -> Owed {
+    pub(crate) fn owe(self: &Arc<Self>, bytes: u64) -> Owed {
         self.outstanding.fetch_add(bytes, Ordering::Relaxed);
-        let all = Arc::clone(&self.outstanding);
-        Owed { all, bytes }
+        let tier = Arc::clone(self);
+        Owed { tier, bytes }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -310,7 +319,10 @@ impl SharedTier {
             }
         };
         match self.bounded(patience, move || work(&store)).await {
-            Some(Ok(value)) => Ok(value),
+            Some(Ok(value)) => {
+                self.lock().answered = Some(Instant::now());
+                Ok(value)
+            }
             Some(Err(error)) => {
                 self.failed(&error);
                 Err(error.into())
@@ -349,6 +361,7 @@ impl SharedTier {
                 tracing::warn!(error = %Chain(error), "shared tier not written to for now");
                 self.metrics.shared_failed("unwritable");
                 state.read_only = Some(Chain(error).to_string());
+                state.read_only_until = Some(Instant::now() + SPARE);
             }
             drop(state);
             self.show();
@@ -408,8 +421,12 @@ impl SharedTier {
         let looked = self.bounded(self.config.stall_timeout, move || {
             let store = SharedStore::open(&root, &options)?;
             // It can be read; whether it can be written is another question.
-            store.capacity()?;
-            Ok::<_, SharedError>((store.probe(), store))
+            let (_, free) = store.capacity()?;
+            let written = match free < 2 * store.segment_bytes() {
+                true => Err(format!("only {free} bytes are free")),
+                false => store.probe().map_err(|error| Chain(&error).to_string()),
+            };
+            Ok::<_, SharedError>((written, store))
         });
         let looked = tokio::select! {
             looked = looked => looked,
@@ -429,12 +446,21 @@ impl SharedTier {
             self.set_layout(Arc::clone(&store)).await;
         }
         let mut state = self.lock();
-        if state.away.is_some() || state.read_only.is_some() && probe.is_ok() {
-            tracing::info!(root = %store.root().display(), "shared tier in use");
+        let spared = state
+            .read_only_until
+            .is_some_and(|until| until > Instant::now());
+        let read_only = match probe {
+            Err(why) => Some(why),
+            Ok(()) if spared => state.read_only.take(),
+            Ok(()) => None,
+        };
+        if state.away.is_some() || state.read_only.is_some() && read_only.is_none() {
+            let (root, why) = (store.root().display(), read_only.as_deref());
+            tracing::info!(%root, only_read = why, "shared tier in use");
         }
         state.store = Some(store);
         state.away = None;
-        state.read_only = probe.err().map(|error| Chain(&error).to_string());
+        state.read_only = read_only;
         state.answered = Some(Instant::now());
         state.layout_set = true;
         drop(state);
