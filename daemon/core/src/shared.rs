@@ -1,0 +1,3 @@
+//! The shared tier: a directory on a POSIX file system that many nodes mount.
+
+pub mod lustre;
