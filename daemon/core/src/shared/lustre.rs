@@ -26,10 +26,9 @@ const LUSTRE_MAGIC: u64 = 0x0BD0_0BD0;
 /// How long `lfs` may take; it asks the metadata server one question.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// The layout of files that weightd wants: one stripe for what is small, all servers for what is large.
-const COMPONENTS: [&str; 12] = [
-    "-E", "100M", "-c", "1", "-E", "10G", "-c", "8", "-E", "-1", "-c", "-1",
-];
+/// The layout of files that weightd wants, as options of `lfs setstripe`: one stripe for what is small, all
+/// servers for what is large.
+pub const WANTED_OPTIONS: &str = "-E 100M -c 1 -E 10G -c 8 -E -1 -c -1";
 
 /// What [`layout`] says of a directory after [`set_layout`].
 pub const WANTED_LAYOUT: &str = "1 stripe to 100 MiB, 8 stripes to 10 GiB, then all stripes";
@@ -168,7 +167,7 @@ impl Default for Lfs {
 impl Lfs {
     fn set_layout(&self, dir: &Path) -> Result<(), LustreError> {
         let tried = format!("set the stripe layout of `{}`", dir.display());
-        let words = ["setstripe"].iter().chain(&COMPONENTS);
+        let words = ["setstripe"].into_iter().chain(WANTED_OPTIONS.split(' '));
         self.run(words.map(OsString::from), dir, tried).map(|_| ())
     }
 
