@@ -6,6 +6,7 @@ mod e2e {
     #[cfg(feature = "demo")]
     mod demo;
     mod disk;
+    mod doctor;
     mod harness;
     mod hub;
     mod processes;

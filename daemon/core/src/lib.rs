@@ -23,6 +23,7 @@
 //! | [`digest`], [`manifest`] | what was claimed, what was hashed |
 //! | [`store`] | one tier on disk: blobs, snapshots, pins, eviction, verification |
 //! | [`fetch`] | bringing a snapshot |
+//! | [`shared`] | the tier that nodes share |
 //! | [`metrics`], [`errors`], [`blocking`], [`fault`] | counting, explaining, the door to blocking work, dying on order |
 //!
 //! # Where this is not the design as it was drawn

@@ -55,7 +55,7 @@ pub(crate) use tier::Owed;
 pub use tier::{Egress, SharedConfig, SharedTier, TierState, Trouble};
 
 /// The version of the layout that this code reads and writes.
-const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 1;
 
 /// Bytes of a segment unless the store was made with others: 256 MiB.
 pub const SEGMENT_BYTES: u64 = 256 << 20;

@@ -170,11 +170,28 @@ impl Store {
     }
 
     fn check_format(&self) -> Result<(), StoreError> {
+        if Self::recognise(&self.root)? {
+            return Ok(());
+        }
         let path = self.root.join("FORMAT");
+        let write = || write_atomically(&path, format!("weightd store {FORMAT}\n").as_bytes());
+        write().map_err(|error| read_only("write", &path, error))?;
+        fault::point("store.open.format");
+        Ok(())
+    }
+
+    /// Whether `root` holds a store that this version can open. It does not if it is empty or not there:
+    /// then one can be made. Changes nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::NotAStore`], [`StoreError::NewerFormat`] or [`StoreError::Io`].
+    pub fn recognise(root: &Path) -> Result<bool, StoreError> {
+        let path = root.join("FORMAT");
         let text = match fs::read_to_string(&path) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return self.write_format(&path);
+                return check_empty(root, &path);
             }
             Err(error) => return Err(error).at("read", &path),
         };
@@ -183,38 +200,15 @@ impl Store {
             .strip_prefix("weightd store ")
             .and_then(|v| v.parse::<u32>().ok());
         match version {
-            Some(FORMAT) => Ok(()),
+            Some(FORMAT) => Ok(true),
             Some(found) if found > FORMAT => Err(StoreError::NewerFormat {
-                path: self.root.clone(),
+                path: root.to_owned(),
                 found,
             }),
             _ => Err(StoreError::NotAStore {
-                path: self.root.clone(),
+                path: root.to_owned(),
             }),
         }
-    }
-
-    fn write_format(&self, path: &Path) -> Result<(), StoreError> {
-        for entry in fs::read_dir(&self.root).at("list", &self.root)? {
-            let name = entry.at("list", &self.root)?.file_name();
-            // What a fresh file system holds, or an earlier start that was killed right here.
-            let ours = name.to_string_lossy().starts_with("FORMAT.");
-            if name != "lost+found" && !ours {
-                // Somebody else may have made the store just now.
-                let made = path.exists();
-                return if made {
-                    Ok(())
-                } else {
-                    Err(StoreError::NotAStore {
-                        path: self.root.clone(),
-                    })
-                };
-            }
-        }
-        let write = || write_atomically(path, format!("weightd store {FORMAT}\n").as_bytes());
-        write().map_err(|error| read_only("write", path, error))?;
-        fault::point("store.open.format");
-        Ok(())
     }
 
     fn check_hard_links(&self) -> Result<(), StoreError> {
@@ -276,6 +270,28 @@ impl Store {
         self.root
             .join(format!("staging/{}.{ending}", uuid::Uuid::new_v4()))
     }
+}
+
+/// Whether a store was made in `root`, which had no `FORMAT`, meanwhile; refuses a directory that holds
+/// something else.
+fn check_empty(root: &Path, format: &Path) -> Result<bool, StoreError> {
+    for entry in entries(root)? {
+        let name = entry.file_name();
+        // What a fresh file system holds, or an earlier start that was killed right here.
+        let ours = name.to_string_lossy().starts_with("FORMAT.");
+        if name != "lost+found" && !ours {
+            // Somebody else may have made the store just now.
+            let made = format.exists();
+            return if made {
+                Ok(true)
+            } else {
+                Err(StoreError::NotAStore {
+                    path: root.to_owned(),
+                })
+            };
+        }
+    }
+    Ok(false)
 }
 
 fn open_lock(path: &Path) -> io::Result<File> {

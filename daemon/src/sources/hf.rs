@@ -34,7 +34,7 @@ use weightd_core::model::{ModelRef, Patterns, Revision};
 use weightd_core::source::{ByteStream, Listing, RemoteFile, Source, SourceError, Vouched, select};
 
 pub use client::HfClients;
-pub use config::{HfConfig, HfConfigError};
+pub use config::{HfConfig, HfConfigError, TokenPlace};
 use content::Files;
 use hub::Hub;
 

@@ -16,6 +16,7 @@ mod config;
 mod failure;
 mod http;
 mod listing;
+mod node;
 mod object;
 mod refusal;
 
@@ -40,6 +41,7 @@ use bucket::Bucket;
 pub use client::{S3ClientError, S3Clients};
 pub use config::{S3Config, S3Identity, S3Keys};
 use listing::{Listed, Objects};
+pub use node::{NodeCredentials, is_configured, node_credentials};
 use object::Object;
 
 /// Objects that are looked at at once.

@@ -234,6 +234,11 @@ Examples:
 Without this program in the container, a shell does the same:
   until [ -e /models/.weightd/complete ]; do sleep 1; done; exec vllm serve /models")]
     Wait(super::wait::WaitArgs),
+    /// Check this node's set-up, and say how to mend it; exit code 1 if something is an error
+    ///
+    /// Looks at the store, the daemon, the CSI plugin, the Hub, S3, the shared tier and the machine. It works as
+    /// any user, says what it cannot see, and changes nothing: what it writes to try a disk it removes again.
+    Doctor(super::doctor::DoctorArgs),
     /// The main job on an embedded origin, offline: prefetch, read-only mount, verify, timings
     #[cfg(feature = "demo")]
     Demo(super::demo::DemoArgs),

@@ -26,7 +26,7 @@ use weightd_proto::weightd::v1::control_server::ControlServer;
 use crate::args::Global;
 use crate::output;
 
-const DEFAULT_SOCKET: &str = "/run/weightd/weightd.sock";
+pub(crate) const DEFAULT_SOCKET: &str = "/run/weightd/weightd.sock";
 
 /// How long an interrupted fetch may take to let go.
 const STOP: Duration = Duration::from_secs(5);
@@ -36,6 +36,9 @@ const WRITE_BEHIND: Duration = Duration::from_secs(600);
 
 /// How long a daemon may take to say that it is there.
 const ANSWER: Duration = Duration::from_secs(5);
+
+/// What is said of a daemon that takes longer.
+pub(crate) const NO_ANSWER: &str = "it does not answer";
 
 /// A connection to whoever does the work.
 pub(crate) struct Backend {
@@ -77,20 +80,22 @@ impl std::error::Error for Unreachable {}
 
 /// Where the work is done.
 #[derive(Debug, PartialEq, Eq)]
-enum Place {
+pub(crate) enum Place {
     Root(PathBuf),
     Socket(PathBuf),
     /// The daemon if it answers, else this user's own store.
     Either,
 }
 
-fn place(global: &Global) -> anyhow::Result<Place> {
-    let variable = |name: &str| {
-        std::env::var_os(name)
-            .filter(|value| !value.is_empty())
-            .map(PathBuf::from)
-    };
+/// What the user or the environment chose.
+pub(crate) fn place(global: &Global) -> anyhow::Result<Place> {
     choose(global, variable("WEIGHTD_ROOT"), variable("WEIGHTD_SOCKET"))
+}
+
+/// A path that the environment names.
+pub(crate) fn variable(name: &str) -> Option<PathBuf> {
+    let value = std::env::var_os(name).filter(|value| !value.is_empty());
+    value.map(PathBuf::from)
 }
 
 fn choose(
@@ -132,7 +137,7 @@ impl Backend {
         }
     }
 
-    async fn daemon(socket: &Path) -> anyhow::Result<Self> {
+    pub(crate) async fn daemon(socket: &Path) -> anyhow::Result<Self> {
         let path = socket.to_owned();
         // The address is never looked up: the connector goes to the socket.
         let endpoint =
@@ -153,7 +158,7 @@ impl Backend {
         // Only an answer shows that somebody is there, and lets us in: the kernel connects by itself.
         let answer = tokio::time::timeout(ANSWER, client.version(VersionRequest {})).await;
         match answer {
-            Err(_) => return Err(unreachable("it does not answer").into()),
+            Err(_) => return Err(unreachable(NO_ANSWER).into()),
             Ok(Err(status)) if std::error::Error::source(&status).is_some() => {
                 return Err(unreachable(&Chain(&status).to_string()).into());
             }
@@ -299,7 +304,8 @@ fn client(channel: Channel) -> ControlClient<Channel> {
     ControlClient::new(channel).max_decoding_message_size(usize::MAX)
 }
 
-fn user_store() -> anyhow::Result<PathBuf> {
+/// This user's own store.
+pub(crate) fn user_store() -> anyhow::Result<PathBuf> {
     use etcetera::BaseStrategy;
     let base = etcetera::choose_base_strategy()
         .context("cannot find this user's cache directory: set --root")?;

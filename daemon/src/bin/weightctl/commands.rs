@@ -21,6 +21,7 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Completions { shell } => return completions(shell),
         Command::Man { dir } => return man(dir.as_deref()),
+        Command::Doctor(args) => return crate::doctor::run(output, &cli.global, &args).await,
         #[cfg(feature = "demo")]
         Command::Demo(demo) => return crate::demo::run(output, &demo).await,
         _ => {}
@@ -67,9 +68,10 @@ async fn dispatch(client: &mut Client, output: Output, command: Command) -> anyh
         Command::Verify { model, files } => verify(client, output, model, files).await,
         #[cfg(feature = "demo")]
         Command::Demo(_) => unreachable!("it needs no backend"),
-        Command::Completions { .. } | Command::Man { .. } | Command::Wait(_) => {
-            unreachable!("they need no backend")
-        }
+        Command::Completions { .. }
+        | Command::Doctor(_)
+        | Command::Man { .. }
+        | Command::Wait(_) => unreachable!("they need no backend"),
     }
 }
 

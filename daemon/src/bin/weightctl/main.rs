@@ -11,6 +11,7 @@ mod backend;
 mod commands;
 #[cfg(feature = "demo")]
 mod demo;
+mod doctor;
 mod output;
 mod progress;
 mod wait;

@@ -14,6 +14,7 @@ use weightd_core::digest::Digest;
 use super::config::HfConfigError;
 use super::hub::host;
 use super::limit::{Limiter, Waits};
+use super::refusal::cause;
 
 /// Redirects within one origin: a renamed repository costs one, a small file one more.
 const REDIRECTS: usize = 5;
@@ -105,6 +106,17 @@ impl HfClients {
             timing,
             limiters: Mutex::default(),
         }))
+    }
+
+    /// Asks for the header of `endpoint` itself, without a token: the status of the answer.
+    ///
+    /// # Errors
+    ///
+    /// Why there was none within `patience`.
+    pub async fn reach(&self, endpoint: &Url, patience: Duration) -> Result<u16, String> {
+        let request = self.api.head(endpoint.clone()).timeout(patience);
+        let answer = request.send().await.map_err(cause)?;
+        Ok(answer.status().as_u16())
     }
 
     /// The limits of one token, or of none, at one host.

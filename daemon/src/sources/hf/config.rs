@@ -154,31 +154,61 @@ impl fmt::Debug for HfConfig {
     }
 }
 
-fn token(variable: impl Fn(&str) -> Option<String>) -> Result<Option<SecretString>, HfConfigError> {
-    let disabled = variable("HF_HUB_DISABLE_IMPLICIT_TOKEN")
-        .is_some_and(|text| matches!(text.to_uppercase().as_str(), "1" | "ON" | "YES" | "TRUE"));
-    if disabled {
-        return Ok(None);
+/// Where the environment says that a token is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TokenPlace {
+    /// Nowhere, or `HF_HUB_DISABLE_IMPLICIT_TOKEN` says that it is not to be used.
+    Nowhere,
+    /// In `HF_TOKEN`.
+    Variable,
+    /// In the file that `HF_TOKEN_PATH` names.
+    Named(PathBuf),
+    /// In the file that `hf auth login` writes, if it has been.
+    Login(PathBuf),
+}
+
+impl TokenPlace {
+    /// As this process's environment says.
+    #[must_use]
+    pub fn from_env() -> Self {
+        Self::from_variables(|name| std::env::var(name).ok().filter(|text| !text.is_empty()))
     }
-    if let Some(text) = variable("HF_TOKEN") {
-        let text = SecretString::from(text);
-        return clean(text.expose_secret(), "HF_TOKEN");
-    }
-    if let Some(path) = variable("HF_TOKEN_PATH").map(PathBuf::from) {
-        let token = token_file(&path)?;
-        if token.is_none() {
-            tracing::warn!(path = %path.display(), "HF_TOKEN_PATH names no file with a token");
+
+    fn from_variables(variable: impl Fn(&str) -> Option<String>) -> Self {
+        let disabled = variable("HF_HUB_DISABLE_IMPLICIT_TOKEN").is_some_and(|text| {
+            matches!(text.to_uppercase().as_str(), "1" | "ON" | "YES" | "TRUE")
+        });
+        if disabled {
+            return Self::Nowhere;
         }
-        return Ok(token);
+        if variable("HF_TOKEN").is_some() {
+            return Self::Variable;
+        }
+        if let Some(path) = variable("HF_TOKEN_PATH") {
+            return Self::Named(path.into());
+        }
+        let home = variable("HF_HOME").map(PathBuf::from).or_else(|| {
+            let cache = variable("XDG_CACHE_HOME").map(PathBuf::from);
+            let cache = cache.or_else(|| Some(PathBuf::from(variable("HOME")?).join(".cache")));
+            Some(cache?.join("huggingface"))
+        });
+        home.map_or(Self::Nowhere, |home| Self::Login(home.join("token")))
     }
-    let home = variable("HF_HOME").map(PathBuf::from).or_else(|| {
-        let cache = variable("XDG_CACHE_HOME").map(PathBuf::from);
-        let cache = cache.or_else(|| Some(PathBuf::from(variable("HOME")?).join(".cache")));
-        Some(cache?.join("huggingface"))
-    });
-    match home {
-        Some(home) => token_file(&home.join("token")),
-        None => Ok(None),
+}
+
+fn token(variable: impl Fn(&str) -> Option<String>) -> Result<Option<SecretString>, HfConfigError> {
+    let text = variable("HF_TOKEN").map(SecretString::from);
+    match (TokenPlace::from_variables(variable), text) {
+        (TokenPlace::Variable, Some(text)) => clean(text.expose_secret(), "HF_TOKEN"),
+        (TokenPlace::Variable, None) | (TokenPlace::Nowhere, _) => Ok(None),
+        (TokenPlace::Named(path), _) => {
+            let token = token_file(&path)?;
+            if token.is_none() {
+                tracing::warn!(path = %path.display(), "HF_TOKEN_PATH names no file with a token");
+            }
+            Ok(token)
+        }
+        (TokenPlace::Login(path), _) => token_file(&path),
     }
 }
 

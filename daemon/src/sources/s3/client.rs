@@ -216,7 +216,7 @@ fn credentials(keys: &S3Keys) -> Credentials {
 }
 
 /// What the environment, the profile and the instance say.
-async fn load() -> SdkConfig {
+pub(super) async fn load() -> SdkConfig {
     // Without a region the SDK asks an instance that is not there three times over, a second each.
     let region = RegionProviderChain::default_provider().or_else(FIRST_REGION);
     let loader = aws_config::defaults(BehaviorVersion::latest());

@@ -118,7 +118,7 @@ impl Failure {
     }
 }
 
-fn without_credentials(error: &CredentialsError) -> Kind {
+pub(super) fn without_credentials(error: &CredentialsError) -> Kind {
     if let CredentialsError::CredentialsNotLoaded(_) = error {
         return Kind::NothingFound;
     }
