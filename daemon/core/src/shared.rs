@@ -45,6 +45,8 @@ mod lease;
 pub mod lustre;
 mod rates;
 mod snapshot;
+#[cfg(test)]
+mod tests;
 mod tier;
 
 pub use fill::{BadBlock, Fill, Part, SegmentView, SharedClaim, Silence, Sums, View};
