@@ -59,6 +59,7 @@ def arguments():
     add("--claim-timeout", type=int, default=5, help="seconds of silence that end a claim (%(default)s)")
     add("--moments", default="0.05,0.2,0.5", help="when `killed` kills, as parts of the time (%(default)s)")
     add("--work", type=Path, default=Path("target"), help="where the files of a run are made (%(default)s)")
+    add("--patience", type=int, default=120, help="seconds after which a fetch hangs (%(default)s)")
     add("--verbose", action="count", default=0, help="run weightctl with -v")
     options = parser.parse_args()
     options.moments = [float(moment) for moment in options.moments.split(",")]

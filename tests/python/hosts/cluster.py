@@ -19,9 +19,7 @@ from hosts.network import MB, ORIGIN, Network
 
 REPO = "org/model"
 PASSTHROUGH = Path(__file__).with_name("passthrough.py")
-FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
-# Nothing here takes so long; what does hangs.
-PATIENCE = 240
+FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), Path("libfaketime.so.1"))
 
 
 def digest(path):
@@ -92,9 +90,9 @@ class Fetch:
         self.process.wait()
         self.seconds = time.monotonic() - self.started
 
-    def wait(self, timeout=PATIENCE):
+    def wait(self):
         """Its exit status; None if it hangs, in which case it is killed."""
-        self.waiter.join(max(0, self.started + timeout - time.monotonic()))
+        self.waiter.join(max(0, self.started + self.node.cluster.options.patience - time.monotonic()))
         if self.waiter.is_alive():
             self.kill()
             self.waiter.join(10)
@@ -188,11 +186,11 @@ class Node:
         self.daemon_log.seek(0)
         return self.daemon_log.read()[-2000:]
 
-    def ctl(self, *arguments, timeout=PATIENCE):
+    def ctl(self, *arguments):
         """A command to the daemon: exit status, and what it printed as JSON."""
         program = [self.cluster.binaries / "weightctl", "--socket", self.work / "weightd.sock", "--output", "json"]
         command = self.host.within(*program, *arguments)
-        done = subprocess.run(command, env=self.environment(), capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(command, env=self.environment(), capture_output=True, text=True, timeout=self.cluster.options.patience)
         lines = [line for line in done.stdout.splitlines() if line.startswith(("{", "["))]
         return done.returncode, json.loads(lines[-1]) if lines else None
 
@@ -209,7 +207,7 @@ class Node:
             return f"{self.host.name}: {len(trees)} trees"
         expected, found = self.cluster.origin.digests, digests(trees[0])
         names = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        return f"{self.host.name}: {', '.join(names)}" if names else None
+        return f"{self.host.name}: {len(names)} wrong files, such as {names[0]}" if names else None
 
     def close(self):
         for fetch in self.fetches:

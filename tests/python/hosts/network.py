@@ -14,6 +14,8 @@ ORIGIN = "10.77.0.1"
 CALLER, CALLER_ORIGIN = "10.78.0.254", "10.78.0.1"
 # Jumbo frames: headers are less than 1 % of the rate, and the machine has less to do.
 MTU = "9000"
+# Of one connection, in bytes of buffer: least, at first, most. Plenty for hosts this close to each other.
+WINDOW = "4096 65536 262144"
 
 
 def run(*command, **options):
@@ -25,7 +27,7 @@ class Host:
 
     def __init__(self, name):
         self.name, self.port = name, f"sw-{name}"
-        hold = f"hostname {name} && ip link set lo up && echo held && exec sleep infinity"
+        hold = f"hostname {name} && echo {WINDOW} >/proc/sys/net/ipv4/tcp_rmem && ip link set lo up && echo held && exec sleep infinity"
         command = ["unshare", "--net", "--mount", "--uts", "--propagation", "private", "sh", "-c", hold]
         self.holder = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True)
         self.holder.stdout.readline()
@@ -80,8 +82,9 @@ class Network:
         subprocess.run([*enter, "tc", "qdisc", "del", "dev", device, "root"], capture_output=True)
         parent = ["root", "handle", "1:"]
         if mb_s:
-            # Both a burst and a queue of what passes in some milliseconds: enough for the rate to be reached.
-            burst, queue = max(128_000, int(mb_s * MB * 0.004)), max(1_000_000, int(mb_s * MB * 0.2))
+            # A queue that holds the windows of all connections of a node (`WINDOW`): what was dropped would crawl
+            # back for seconds at times, and the figures would be those of TCP.
+            burst, queue = max(128_000, int(mb_s * MB * 0.004)), max(8_000_000, int(mb_s * MB * 0.2))
             tbf = ["tbf", "rate", f"{int(mb_s * 8000)}kbit", "burst", str(burst), "limit", str(queue)]
             run(*enter, "tc", "qdisc", "add", "dev", device, *parent, *tbf)
             parent = ["parent", "1:1", "handle", "2:"]

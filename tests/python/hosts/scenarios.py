@@ -43,7 +43,7 @@ def shared_right(cluster, problems):
     """No whole blob of the shared directory is anything but a file of the model."""
     count, wrong = cluster.wrong_shared()
     if wrong:
-        problems.append(f"shared blobs with wrong bytes: {wrong}")
+        problems.append(f"{len(wrong)} shared blobs have wrong bytes, such as {wrong[0]}")
     return {"shared_blobs": count}
 
 
