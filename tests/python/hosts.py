@@ -9,9 +9,9 @@ Every node is a host of its own: network, mount and UTS namespace, a link to a b
 10^6 bytes; a delay where the kernel has netem), and its own mount of the shared directory. That is an ext4 file
 system on a loop device on a sparse file, which each node sees through a FUSE file system (`hosts/passthrough.py`)
 that caches nothing, so that one node sees at once what another wrote, as on Lustre, and every byte read or written
-counts against the node's rate for the shared tier. blkio throttles of cgroups are not used: they pass over what is in the page
-cache, which all hosts of one machine share, and over buffered writes. NFS is not used: a kernel that has a client
-is not a given.
+counts against the node's rate for the shared tier. blkio throttles of cgroups are not used: they pass over what is
+in the page cache, which all hosts of one machine share, and over buffered writes. NFS is not used: a kernel that has
+a client is not a given.
 
 A node's clock (`clocks`) is moved by libfaketime (Debian: `libfaketime`): it moves CLOCK_REALTIME as the programs
 read it, thus log times, expiry and the file times that they set themselves. Durations (CLOCK_MONOTONIC) and the
@@ -133,7 +133,8 @@ def inside(options, work):
     outcomes = []
     for name in names:
         if name in SHARED and not shared:
-            print(json.dumps({"scenario": name, "verdict": "skipped", "why": "weightctl has no --shared-root"}), flush=True)
+            skipped = {"scenario": name, "verdict": "skipped", "why": "weightctl has no --shared-root"}
+            print(json.dumps(skipped), flush=True)
             # Who asks for it by name must not take it for done.
             outcomes.append(not options.scenarios)
         else:

@@ -175,11 +175,12 @@ class Node:
         config.write_text("\n".join(lines) + "\n")
         self.daemon_log = open(self.work / "weightd.err", "a+")
         program = [self.cluster.binaries / "weightd", "--config", config]
-        self.daemon = self.host.start(*program, env=self.environment(), stderr=self.daemon_log, stdin=subprocess.DEVNULL)
+        files = {"stderr": self.daemon_log, "stdin": subprocess.DEVNULL}
+        self.daemon = self.host.start(*program, env=self.environment(), **files)
         deadline = time.monotonic() + 30
         while not self.ctl("status")[1]:
             if self.daemon.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{self.host.name}: weightd does not answer: {config.read_text()}\n{self.daemon_said()}")
+                raise RuntimeError(f"{self.host.name}: weightd does not answer: {self.daemon_said()}")
             time.sleep(0.05)
 
     def daemon_said(self):
@@ -190,7 +191,8 @@ class Node:
         """A command to the daemon: exit status, and what it printed as JSON."""
         program = [self.cluster.binaries / "weightctl", "--socket", self.work / "weightd.sock", "--output", "json"]
         command = self.host.within(*program, *arguments)
-        done = subprocess.run(command, env=self.environment(), capture_output=True, text=True, timeout=self.cluster.options.patience)
+        own = {"env": self.environment(), "timeout": self.cluster.options.patience}
+        done = subprocess.run(command, capture_output=True, text=True, **own)
         lines = [line for line in done.stdout.splitlines() if line.startswith(("{", "["))]
         return done.returncode, json.loads(lines[-1]) if lines else None
 
@@ -219,7 +221,7 @@ class Node:
         if self.tier:
             # A thread in a call that is not answered cannot go: answer it first.
             with contextlib.suppress(Exception):
-                self.tier.order(stall=False)
+                self.tier.order(stall=False, stall_writes=False)
             self.tier.close()
 
 
@@ -298,6 +300,12 @@ class Cluster:
         settings = {"ROOT": self.shared, "SEGMENT": self.options.segment}
         return settings | {"CLAIM_TIMEOUT": f"{self.options.claim_timeout}s"}
 
+    def freeze(self):
+        """Freezes the disk. Whoever writes waits in front of it, where he can be killed as on a network file system."""
+        for node in self.nodes:
+            node.tier.order(stall_writes=True)
+        self.disk.freeze()
+
     # What the origin sent
 
     def requests(self):
@@ -313,7 +321,8 @@ class Cluster:
         wire = self.network.received(self.network.hosts["origin"]) - getattr(self, "wire_before", 0)
         files = [one for one in self.requests() if one["status"] in (200, 206) and one["method"] == "GET"]
         sent = sum(one["bytes_sent"] for one in files if not one["path"].startswith("/api/models/"))
-        return {"egress": sent, "egress_ratio": round(sent / self.origin.size, 3), "wire_ratio": round(wire / self.origin.size, 3)}
+        ratios = {"egress_ratio": round(sent / self.origin.size, 3), "wire_ratio": round(wire / self.origin.size, 3)}
+        return {"egress": sent, **ratios}
 
     # The shared directory, as it is on the disk
 

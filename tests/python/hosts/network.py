@@ -27,9 +27,11 @@ class Host:
 
     def __init__(self, name):
         self.name, self.port = name, f"sw-{name}"
-        hold = f"hostname {name} && echo {WINDOW} >/proc/sys/net/ipv4/tcp_rmem && ip link set lo up && echo held && exec sleep infinity"
+        hold = f"hostname {name} && echo {WINDOW} >/proc/sys/net/ipv4/tcp_rmem && ip link set lo up"
+        hold += " && echo held && exec sleep infinity"
         command = ["unshare", "--net", "--mount", "--uts", "--propagation", "private", "sh", "-c", hold]
-        self.holder = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True)
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
+        self.holder = subprocess.Popen(command, start_new_session=True, **pipes)
         self.holder.stdout.readline()
 
     def within(self, *command):
@@ -57,7 +59,8 @@ class Network:
 
     def add(self, name, address):
         host = self.hosts[name] = Host(name)
-        run("ip", "link", "add", host.port, "mtu", MTU, "type", "veth", "peer", "name", "eth0", "mtu", MTU, "netns", host.holder.pid)
+        peer = ["peer", "name", "eth0", "mtu", MTU, "netns", host.holder.pid]
+        run("ip", "link", "add", host.port, "mtu", MTU, "type", "veth", *peer)
         run("ip", "link", "set", host.port, "master", "bridge0", "up")
         host.run("ip", "address", "add", f"{address}/16", "dev", "eth0")
         host.run("ip", "link", "set", "eth0", "up")

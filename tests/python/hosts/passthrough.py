@@ -9,7 +9,8 @@ every read costs what it says. Locks are the node's own, as on Lustre mounted wi
 Orders come in as lines of JSON on stdin, each answered by a line on stdout; it unmounts when stdin closes:
 
     {"read_rate": BYTES_PER_SECOND, "write_rate": …, "latency": SECONDS}    null: without limit
-    {"stall": true}         from now on no call is answered, until {"stall": false}
+    {"stall": true}         from now on no call is answered, until {"stall": false}; {"stall_writes": …}: only those
+                            that would change something. As with NFS and Lustre, who is killed need not wait
     {"fail": ERRNO}         every call fails; {"fail_writes": ERRNO}: every call that would change something
     {"skew": SECONDS}       files that this node changes get times so far off, as from a client's own clock
     {"abort": true}         the connection ends: every call gets ENOTCONN, open files too
@@ -20,6 +21,7 @@ import ctypes
 import errno
 import json
 import os
+import signal
 import stat
 import struct
 import sys
@@ -76,10 +78,11 @@ class Passthrough:
         root = os.open(source, os.O_PATH | os.O_DIRECTORY)
         # Of each number the kernel knows: a descriptor, how often it was looked up, which inode it is.
         self.nodes, self.numbers, self.next = {1: [root, 1, None]}, {}, 2
-        self.reads, self.writes = Pace(), Pace()
+        self.reads, self.writes, self.caller = Pace(), Pace(), threading.local()
         self.latency, self.fail, self.fail_writes, self.skew = 0, None, None, 0
-        self.open_gate = threading.Event()
-        self.open_gate.set()
+        self.gate, self.write_gate = threading.Event(), threading.Event()
+        self.gate.set()
+        self.write_gate.set()
         names = {name: value for name, value in globals().items() if isinstance(value, int)}
         operations = {value: name for name, value in names.items() if hasattr(self, f"do_{name.lower()}")}
         self.calls = {value: getattr(self, f"do_{name.lower()}") for value, name in operations.items()}
@@ -98,7 +101,7 @@ class Passthrough:
             self.answer(header, view[IN.size : count])
 
     def answer(self, header, body):
-        _, operation, unique, node, *_ = header
+        _, operation, unique, node, _, _, self.caller.thread, *_ = header
         number, result = 0, b""
         try:
             if operation not in NO_ANSWER and operation != INIT:
@@ -119,7 +122,12 @@ class Passthrough:
             pass
 
     def wait(self, operation):
-        self.open_gate.wait()
+        gates = [self.gate, self.write_gate] if operation in CHANGES else [self.gate]
+        for gate in gates:
+            while not gate.wait(0.2):
+                # The kernel lets nobody go whose call was taken up, not even by SIGKILL.
+                if dies(self.caller.thread):
+                    raise OSError(errno.EINTR, "killed")
         if self.latency:
             time.sleep(self.latency)
         failure = self.fail or (self.fail_writes if operation in CHANGES else None)
@@ -340,9 +348,22 @@ class Passthrough:
             self.reads.rate = order["read_rate"]
         if "write_rate" in order:
             self.writes.rate = order["write_rate"]
-        if "stall" in order:
-            (self.open_gate.clear if order["stall"] else self.open_gate.set)()
+        for name, gate in (("stall", self.gate), ("stall_writes", self.write_gate)):
+            if name in order:
+                (gate.clear if order[name] else gate.set)()
         return {"read": self.reads.bytes, "written": self.writes.bytes}
+
+
+def dies(thread):
+    """Whether a thread has SIGKILL pending, as all have of a process that is killed or exits."""
+    if not thread:
+        return False
+    try:
+        with open(f"/proc/{thread}/status") as status:
+            pending = [int(line.split()[1], 16) for line in status if line.startswith(("SigPnd", "ShdPnd"))]
+    except OSError:
+        return True
+    return any(mask >> (signal.SIGKILL - 1) & 1 for mask in pending)
 
 
 def text(body):

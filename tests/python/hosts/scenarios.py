@@ -205,9 +205,8 @@ def clocks_move(rig, problems):
         node = cluster.nodes[0]
         cluster.network.limit(node.host, None)
         all_end([node.fetch(shared=False)], problems)
-        done = subprocess.run(
-            [cluster.binaries / "weightctl", "--root", node.root, "ls", "--output", "json"], capture_output=True, text=True
-        )
+        command = [cluster.binaries / "weightctl", "--root", node.root, "ls", "--output", "json"]
+        done = subprocess.run(command, capture_output=True, text=True)
     last_used = int(done.stdout.split('"last_used":')[1].split(",")[0])
     ahead = last_used - time.time()
     between("seconds that a wrong clock is ahead", ahead, 405, 425, problems)
@@ -342,7 +341,7 @@ def trouble(rig, problems, strike, nodes=4, after=lambda cluster: {}):
 
 def freeze(rig, problems):
     """The shared file system is frozen: writes wait for ever, reads go on."""
-    return trouble(rig, problems, lambda cluster, _: cluster.disk.freeze())
+    return trouble(rig, problems, lambda cluster, _: cluster.freeze())
 
 
 def stall(rig, problems):
@@ -370,12 +369,20 @@ def unmount(rig, problems):
 
 def full(rig, problems):
     """The shared file system fills up."""
-    return trouble(rig, problems, lambda cluster, _: {"left": cluster.disk.fill()}, after=lambda c: shared_right(c, problems))
+
+    def strike(cluster, _):
+        return {"left": cluster.disk.fill()}
+
+    return trouble(rig, problems, strike, after=lambda cluster: shared_right(cluster, problems))
 
 
 def readonly(rig, problems):
     """The shared file system turns read-only, as after an error of its disk."""
-    return trouble(rig, problems, lambda cluster, _: cluster.disk.read_only(), after=lambda c: shared_right(c, problems))
+
+    def strike(cluster, _):
+        cluster.disk.read_only()
+
+    return trouble(rig, problems, strike, after=lambda cluster: shared_right(cluster, problems))
 
 
 def corrupt(rig, problems):
