@@ -15,6 +15,11 @@ test *arguments:
 e2e-outside:
     tests/outside/run
 
+# Several hosts on one machine, as root: `just hosts eight killed --rate 25`
+hosts *arguments:
+    cargo build -p weightd -p weightd-standin
+    python3 tests/python/hosts.py target/debug {{ arguments }}
+
 # Measure fetch, verify and sync: `just bench --gigabytes 4`
 bench *arguments:
     cargo bench -p weightd --bench prefetch -- {{ arguments }}

@@ -1,0 +1,1 @@
+"""Parts of `hosts.py`: a cluster of hosts on one machine."""
