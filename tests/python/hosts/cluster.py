@@ -87,17 +87,25 @@ class Fetch:
         self.waiter.start()
 
     def await_end(self):
+        """`seconds` last until the result is told: what it writes to the shared tier behind is not its user's wait."""
+        while self.seconds is None:
+            ended = self.process.poll() is not None
+            if ended or self.result():
+                self.seconds = time.monotonic() - self.started
+            time.sleep(0.01)
         self.process.wait()
-        self.seconds = time.monotonic() - self.started
 
     def wait(self):
-        """Its exit status; None if it hangs, in which case it is killed."""
+        """Its exit status; None if it hangs, in which case it is killed. 0 if it has told its result, and only
+        waits for a shared directory that does not answer: such a process cannot end."""
         self.waiter.join(max(0, self.started + self.node.cluster.options.patience - time.monotonic()))
-        if self.waiter.is_alive():
-            self.kill()
-            self.waiter.join(10)
-            return None
-        return self.process.returncode
+        if not self.waiter.is_alive():
+            return self.process.returncode
+        if self.seconds is not None:
+            return 0
+        self.kill()
+        self.waiter.join(10)
+        return None
 
     def running(self):
         return self.process.poll() is None

@@ -3,26 +3,31 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use self::copy::{Copied, CopyError};
+use self::pieces::{Piece, cut};
+use self::questions::{Answer, Looked, Questions};
 use self::upload::Upload;
-use super::parts::{Connection, Origin, PartsError, Ranged, split};
+use super::parts::{Connection, Origin, PartsError, Ranged};
 use crate::blocking;
 use crate::errors::Chain;
 use crate::shared::choice::{Move, Place, Reach, Segment, Situation};
 use crate::shared::{
-    BLOCK_BYTES, Fill, SegmentView, SharedTier, Silence, Sums, View, is_shareable,
+    BLOCK_BYTES, Egress, Fill, SegmentView, SharedClaim, SharedTier, Silence, Sums, View,
+    is_shareable,
 };
 use crate::source::{RemoteFile, SourceError};
-use crate::store::{Part, StageKey};
+use crate::store::{Part, StageKey, StoreError};
 
 mod copy;
+mod pieces;
+mod questions;
 mod upload;
 
 /// How soon the shared tier is looked at again when something has changed there, and how late at most.
@@ -39,6 +44,9 @@ const FAILURES: u32 = 5;
 /// Times that damaged bytes of one file are set aside before it is brought without the shared tier.
 const SET_ASIDE: u32 = 2;
 
+/// How long the fastest way waits for an answer of the shared tier before it goes on without.
+const IMPATIENT: Duration = Duration::from_millis(250);
+
 /// How long a node that cannot reach the origin leaves it to the others…
 const LEAVE_TO_OTHERS: Duration = Duration::from_secs(15);
 
@@ -50,7 +58,7 @@ pub(super) struct Share {
     tier: Arc<SharedTier>,
     key: StageKey,
     size: u64,
-    fill: std::sync::Mutex<Arc<Fill>>,
+    fill: Mutex<Arc<Fill>>,
     /// Bytes that came from the shared tier.
     copied: Arc<AtomicU64>,
     /// The local bytes are what the origin claims.
@@ -77,7 +85,7 @@ impl Share {
                 tracing::debug!(path = %file.path, error = %Chain(error), "file brought without the shared tier");
             });
         Some(Self {
-            fill: std::sync::Mutex::new(Arc::new(opened.ok()?)),
+            fill: Mutex::new(Arc::new(opened.ok()?)),
             tier,
             key,
             size,
@@ -116,66 +124,22 @@ impl Share {
     /// The local bytes proved wrong: those in the shared tier are set aside, whoever brought them. True if some
     /// of the local ones came from there.
     pub(super) async fn is_to_blame(&self) -> bool {
-        self.set_aside().await;
+        set_aside(&self.tier, &self.fill(), &self.key).await;
         self.copied.load(Ordering::Relaxed) > 0
     }
-
-    async fn set_aside(&self) {
-        let fill = self.fill();
-        let key = self.key.clone();
-        match self.tier.run(move |_| fill.set_aside()).await {
-            Ok(true) => {
-                tracing::warn!(%key, "damaged blob in the shared tier set aside");
-                self.tier.metrics().shared_failed("damaged");
-            }
-            Ok(false) => {}
-            Err(error) => {
-                tracing::warn!(%key, error = %Chain(&error), "damaged blob in the shared tier not set aside");
-            }
-        }
-    }
-
-    /// Opens what has the blob's name now.
-    async fn open_again(&self) -> bool {
-        let (key, size) = (self.key.clone(), self.size);
-        match self.tier.run(move |store| store.fill(&key, size)).await {
-            Ok(fill) => {
-                *self.fill.lock().expect("no holder of this lock panics") = Arc::new(fill);
-                true
-            }
-            Err(_) => false,
-        }
-    }
 }
 
-/// Bytes that are brought at a time, by one way or, in a race, by both.
-struct Piece {
-    range: Range<u64>,
-    segment: usize,
-    done: bool,
-    copying: Option<AbortHandle>,
-    fetching: Option<AbortHandle>,
-    /// Taken on with its segment, to be fetched.
-    owed: Option<crate::shared::Owed>,
-}
-
-impl Piece {
-    fn is_idle(&self) -> bool {
-        !self.done && self.copying.is_none() && self.fetching.is_none()
-    }
-
-    fn bytes(&self) -> u64 {
-        self.range.end - self.range.start
-    }
-
-    fn finish(&mut self) {
-        self.done = true;
-        self.owed = None;
-        for task in [self.copying.take(), self.fetching.take()]
-            .into_iter()
-            .flatten()
-        {
-            task.abort();
+/// Takes the name of a blob away from a directory that holds damage.
+async fn set_aside(tier: &SharedTier, fill: &Arc<Fill>, key: &StageKey) {
+    let fill = Arc::clone(fill);
+    match tier.run(move |_| fill.set_aside()).await {
+        Ok(true) => {
+            tracing::warn!(%key, "damaged blob in the shared tier set aside");
+            tier.metrics().shared_failed("damaged");
+        }
+        Ok(false) => {}
+        Err(error) => {
+            tracing::warn!(%key, error = %Chain(&error), "damaged blob in the shared tier not set aside");
         }
     }
 }
@@ -198,18 +162,23 @@ struct Bringing<'a> {
     piece_bytes: u64,
     tasks: JoinSet<(usize, Ended)>,
     fetching: usize,
+    questions: Questions,
     view: View,
     next_look: Instant,
     pause: Duration,
     clock: Instant,
     silence: Silence,
-    heard: Instant,
+    heard: Option<Instant>,
     /// Claims whose owners were silent for too long.
     silent: HashMap<usize, u32>,
+    /// What this node asks to be its own.
+    claiming: Option<usize>,
     /// Segments that this node has claimed, each with the turn.
     mine: HashMap<usize, u32>,
     sums: HashMap<usize, Arc<Sums>>,
     failures: u32,
+    /// The directory is to be replaced; true if it holds damage.
+    replace: Option<bool>,
     set_aside: u32,
     /// The origin is left to the others until then.
     left_until: Option<Instant>,
@@ -239,6 +208,7 @@ impl<'a> Bringing<'a> {
             piece_bytes,
             tasks: JoinSet::new(),
             fetching: 0,
+            questions: Questions::new(&share.tier),
             view: View {
                 sealed: false,
                 segments: vec![SegmentView::default(); fill.segments()],
@@ -248,11 +218,13 @@ impl<'a> Bringing<'a> {
             pause: LOOK,
             clock: now,
             silence: Silence::default(),
-            heard: now,
+            heard: None,
             silent: HashMap::new(),
+            claiming: None,
             mine: HashMap::new(),
             sums: HashMap::new(),
             failures: 0,
+            replace: None,
             set_aside: 0,
             left_until: None,
             tries_of_origin: 0,
@@ -266,35 +238,43 @@ impl<'a> Bringing<'a> {
         // Kept across turns of the loop, so that this file keeps its place among those that wait.
         let mut next = std::pin::pin!(connection());
         while self.pieces.iter().any(|piece| !piece.done) {
-            if Instant::now() >= self.next_look {
-                self.look().await;
-            }
+            let changed = tier.changed().notified();
+            self.ask();
             let chosen = self.choose();
             match chosen {
-                Move::Claim(segment) => {
-                    self.claim(segment).await;
-                    continue;
-                }
-                Move::Copy(segment) if self.copy(segment).await => continue,
+                Move::Claim(segment) => self.claim(segment),
+                Move::Copy(segment) if self.copy(segment) => continue,
                 _ => {}
             }
             let fetch = matches!(chosen, Move::Fetch(_) | Move::Race(_));
-            let changed = tier.changed().notified();
+            let wake = self.wake();
             tokio::select! {
                 connected = &mut next, if fetch && self.fetching < shared.limits.connections => {
                     next.set(connection());
                     self.fetch(chosen, connected);
                 }
                 Some(ended) = self.tasks.join_next() => match ended {
-                    Ok((piece, ended)) => self.ended(piece, ended).await?,
+                    Ok((piece, ended)) => self.ended(piece, ended)?,
                     Err(error) if error.is_cancelled() => {}
                     Err(error) => std::panic::resume_unwind(error.into_panic()),
                 },
-                () = tokio::time::sleep_until(self.next_look) => {}
+                answer = self.questions.answer() => self.answered(answer),
+                () = tokio::time::sleep_until(wake) => {}
                 () = changed => {}
             }
         }
         Ok(())
+    }
+
+    /// When to look again what is to be done, if nothing happens before.
+    fn wake(&self) -> Instant {
+        if !self.questions.is_pending() {
+            return self.next_look;
+        }
+        match IMPATIENT.checked_sub(self.questions.pending_for()) {
+            Some(left) if !left.is_zero() => Instant::now() + left,
+            _ => Instant::now() + LATEST_LOOK,
+        }
     }
 
     fn reach(&self) -> Reach {
@@ -324,10 +304,15 @@ impl<'a> Bringing<'a> {
         let rates = self.tier.rates();
         let situation = Situation {
             egress: self.tier.config().egress,
-            reach: self.reach(),
+            reach: match self.reach() {
+                // Whoever wants the fastest way does not wait to be told that it may go.
+                Reach::Full if self.is_impatient() => Reach::ReadOnly,
+                reach => reach,
+            },
             segments: &segments,
             outstanding: self.tier.outstanding(),
             copies: copies.count(),
+            copying: self.tier.copying(),
             piece_bytes: self.piece_bytes,
             origin_rate: rates.origin.get(),
             shared_rate: rates.shared.get(),
@@ -335,10 +320,16 @@ impl<'a> Bringing<'a> {
         };
         let chosen = situation.next();
         let of_origin = matches!(chosen, Move::Claim(_) | Move::Fetch(_) | Move::Race(_));
-        match of_origin && self.is_left_to_others() {
+        let asked = matches!(chosen, Move::Claim(_)) && self.questions.is_pending();
+        match asked || of_origin && self.is_left_to_others() {
             true => Move::Wait,
             false => chosen,
         }
+    }
+
+    fn is_impatient(&self) -> bool {
+        let fastest = self.tier.config().egress == Egress::Fastest;
+        fastest && self.questions.pending_for() >= IMPATIENT
     }
 
     fn is_left_to_others(&self) -> bool {
@@ -347,64 +338,111 @@ impl<'a> Bringing<'a> {
 
     fn place(&self, index: usize) -> Place {
         let segment = self.view.segments[index];
-        if self.mine.contains_key(&index) && !self.is_left_to_others() {
+        let mine = self.mine.contains_key(&index);
+        let claiming = self.claiming == Some(index);
+        if (mine || claiming && self.is_impatient()) && !self.is_left_to_others() {
             return Place::Mine;
         }
+        // Its checksums are asked for first, and one question waits for the other.
+        let can_copy = self.sums.contains_key(&index) || !self.questions.is_pending();
         match segment.turn {
-            _ if segment.here => Place::Here,
+            _ if segment.here && can_copy => Place::Here,
             Some(turn) => Place::Theirs {
                 silent: self
                     .silent
                     .get(&index)
                     .is_some_and(|silent| *silent >= turn),
             },
+            None if segment.here || claiming => Place::Theirs { silent: false },
             None => Place::Free,
         }
     }
 
-    /// Looks what the others have done.
-    async fn look(&mut self) {
-        let fill = Arc::clone(&self.fill);
-        match self.tier.run(move |_| fill.look()).await {
-            Ok(view) => {
-                let changed = view != self.view;
-                self.pause = match changed {
-                    true => LOOK,
-                    false => self.pause.mul_f64(1.5).min(LATEST_LOOK),
-                };
-                self.view = view;
-                self.give_up_what_others_did();
-            }
-            Err(error) => {
+    /// Asks what is due, unless an answer is still awaited.
+    fn ask(&mut self) {
+        if self.questions.is_pending() {
+            return;
+        }
+        if let Some(damaged) = self.replace.take() {
+            let (key, size) = (self.share.key.clone(), self.share.size);
+            self.questions.replace(&self.fill, key, size, damaged);
+        } else if Instant::now() >= self.next_look {
+            let listen = self.wait_for_whom();
+            self.questions.look(&self.fill, listen);
+        }
+    }
+
+    /// The segments whose owners keep this node waiting, if it is time to hear of them.
+    fn wait_for_whom(&mut self) -> Vec<usize> {
+        let often = self.tier.config().claim_timeout / 20;
+        if self.heard.is_some_and(|heard| heard.elapsed() < often) {
+            return Vec::new();
+        }
+        let idle = self.pieces.iter().filter(|piece| piece.is_idle());
+        let mut waiting: Vec<usize> = idle
+            .map(|piece| piece.segment)
+            .filter(|segment| !self.mine.contains_key(segment))
+            .collect();
+        waiting.dedup();
+        if !waiting.is_empty() {
+            self.heard = Some(Instant::now());
+        }
+        waiting
+    }
+
+    fn answered(&mut self, answer: Answer) {
+        match answer {
+            Answer::Looked(Ok(looked)) => self.looked(looked),
+            Answer::Looked(Err(error)) => {
                 tracing::debug!(path = %self.file.path, error = %Chain(&error), "shared tier not looked at");
                 self.pause = LATEST_LOOK;
+                self.look_later();
             }
+            Answer::Claimed {
+                segment,
+                turn,
+                claim,
+            } => {
+                self.claiming = None;
+                match claim {
+                    Ok(Some(claim)) => return self.claimed(segment, turn, claim),
+                    Ok(None) => {
+                        self.view.segments[segment].turn = Some(turn);
+                        self.next_look = Instant::now();
+                    }
+                    Err(error) => {
+                        self.failed(&Chain(&error).to_string());
+                        // The directory may be gone: it was collected.
+                        self.replace = Some(false);
+                    }
+                }
+                self.let_go(segment);
+            }
+            Answer::Summed { segment, sums } => match sums {
+                Ok(Some(sums)) => {
+                    self.sums.insert(segment, Arc::new(sums));
+                }
+                Ok(None) => self.damaged(),
+                Err(error) => self.failed(&Chain(&error).to_string()),
+            },
+            Answer::Replaced(None) => self.failures = FAILURES,
+            Answer::Replaced(Some(fill)) => self.begin_anew(fill),
         }
-        self.listen().await;
+    }
+
+    fn look_later(&mut self) {
         self.next_look = Instant::now() + self.pause.mul_f64(0.75 + fastrand::f64() / 2.0);
     }
 
-    /// Looks whether those who have claimed what this node needs are still at work.
-    async fn listen(&mut self) {
+    fn looked(&mut self, looked: Looked) {
         let timeout = self.tier.config().claim_timeout;
-        let wanted: Vec<(usize, u32)> = (0..self.view.segments.len())
-            .filter(|index| matches!(self.place(*index), Place::Theirs { silent: false }))
-            .filter_map(|index| Some((index, self.view.segments[index].turn?)))
-            .collect();
-        if wanted.is_empty() {
-            return;
-        }
-        self.pause = self.pause.min(timeout / 10);
-        if self.heard.elapsed() < timeout / 20 {
-            return;
-        }
-        self.heard = Instant::now();
-        let fill = Arc::clone(&self.fill);
-        let read = self.tier.run(move |_| {
-            let read = |(segment, turn)| Ok((segment, turn, fill.read_claim(segment, turn)?));
-            wanted.into_iter().map(read).collect::<Result<Vec<_>, _>>()
-        });
-        for (segment, turn, content) in read.await.unwrap_or_default() {
+        self.pause = match looked.view == self.view {
+            true => self.pause.mul_f64(1.5).min(LATEST_LOOK).min(timeout / 10),
+            false => LOOK,
+        };
+        self.view = looked.view;
+        self.give_up_what_others_did();
+        for (segment, turn, content) in looked.heard {
             let now = self.clock.elapsed();
             let silence = self.silence.observe(segment, turn, content, now);
             if silence >= timeout.mul_f64(SILENT) {
@@ -412,6 +450,7 @@ impl<'a> Bringing<'a> {
                 self.silent.insert(segment, turn);
             }
         }
+        self.look_later();
     }
 
     /// What this node had claimed and another one finished is copied like all else.
@@ -437,44 +476,36 @@ impl<'a> Bringing<'a> {
         }
     }
 
-    async fn claim(&mut self, segment: usize) {
-        let tier = Arc::clone(self.tier);
-        // Another file of this node may have satisfied the hunger meanwhile.
-        let _turn = tier.turn().lock().await;
-        if !matches!(self.choose(), Move::Claim(_)) {
-            return;
+    fn claim(&mut self, segment: usize) {
+        // At once, so that no other file of this node claims for the same hunger.
+        for piece in &mut self.pieces {
+            if piece.segment == segment && !piece.done {
+                piece.owed = Some(self.tier.owe(piece.bytes()));
+            }
         }
         let turn = self.view.segments[segment].turn.map_or(0, |turn| turn + 1);
-        let (fill, owner) = (Arc::clone(&self.fill), tier.owner().to_owned());
-        let claimed = tier.run(move |_| fill.claim(segment, turn, &owner)).await;
-        match claimed {
-            Ok(Some(claim)) => {
-                self.mine.insert(segment, turn);
-                for piece in &mut self.pieces {
-                    if piece.segment == segment && !piece.done {
-                        piece.owed = Some(tier.owe(piece.bytes()));
-                    }
-                }
-                let upload = Upload {
-                    tier: Arc::clone(&tier),
-                    fill: Arc::clone(&self.fill),
-                    part: Arc::clone(self.part),
-                    verified: Arc::clone(&self.share.verified),
-                    segment,
-                    claim,
-                };
-                tier.behind().spawn(upload.run());
-            }
-            Ok(None) => {
-                self.view.segments[segment].turn = Some(turn);
-                self.next_look = Instant::now();
-            }
-            Err(error) => {
-                self.failed(&Chain(&error).to_string());
-                // The directory may be gone: it was collected.
-                if self.share.open_again().await {
-                    self.begin_anew();
-                }
+        self.claiming = Some(segment);
+        self.questions.claim(&self.fill, segment, turn);
+    }
+
+    fn claimed(&mut self, segment: usize, turn: u32, claim: SharedClaim) {
+        self.mine.insert(segment, turn);
+        let upload = Upload {
+            tier: Arc::clone(self.tier),
+            fill: Arc::clone(&self.fill),
+            part: Arc::clone(self.part),
+            verified: Arc::clone(&self.share.verified),
+            segment,
+            claim,
+        };
+        self.tier.behind().spawn(upload.run());
+    }
+
+    /// What was to be fetched of a segment is not, but for what is on its way.
+    fn let_go(&mut self, segment: usize) {
+        for piece in &mut self.pieces {
+            if piece.segment == segment && piece.fetching.is_none() {
+                piece.owed = None;
             }
         }
     }
@@ -484,9 +515,10 @@ impl<'a> Bringing<'a> {
         tracing::debug!(path = %self.file.path, error, "shared tier failed");
     }
 
-    /// Starts to copy a piece; false if its segment turns out not to be here.
-    async fn copy(&mut self, segment: usize) -> bool {
-        let Some(sums) = self.sums_of(segment).await else {
+    /// Starts to copy a piece; false if the checksums of its segment have to be asked for first.
+    fn copy(&mut self, segment: usize) -> bool {
+        let Some(sums) = self.sums.get(&segment).map(Arc::clone) else {
+            self.questions.sums(&self.fill, segment);
             return false;
         };
         let wanted = |piece: &Piece| piece.segment == segment && piece.is_idle();
@@ -505,30 +537,9 @@ impl<'a> Bringing<'a> {
             copied: Arc::clone(&self.share.copied),
         };
         let task = async move { (index, Ended::Copied(copy.run().await)) };
-        piece.copying = Some(self.tasks.spawn(task));
+        let owed = self.tier.owe_copy(piece.bytes());
+        piece.copying = Some((self.tasks.spawn(task), owed));
         true
-    }
-
-    async fn sums_of(&mut self, segment: usize) -> Option<Arc<Sums>> {
-        if let Some(sums) = self.sums.get(&segment) {
-            return Some(Arc::clone(sums));
-        }
-        let fill = Arc::clone(&self.fill);
-        match self.tier.run(move |_| fill.sums(segment)).await {
-            Ok(Some(sums)) => {
-                let sums = Arc::new(sums);
-                self.sums.insert(segment, Arc::clone(&sums));
-                Some(sums)
-            }
-            Ok(None) => {
-                self.damaged().await;
-                None
-            }
-            Err(error) => {
-                self.failed(&Chain(&error).to_string());
-                None
-            }
-        }
     }
 
     fn fetch(&mut self, chosen: Move, connection: Connection) {
@@ -551,13 +562,16 @@ impl<'a> Bringing<'a> {
         if piece.owed.is_none() {
             piece.owed = Some(self.tier.owe(piece.bytes()));
         }
-        let ranged = Ranged::new(self.origin, self.file, self.part, piece.range.clone());
+        // What was copied of it is not fetched, too.
+        let start = self.part.end_of_run(piece.range.start).min(piece.range.end);
+        let rest = start..piece.range.end;
+        let ranged = Ranged::new(self.origin, self.file, self.part, rest);
         self.fetching += 1;
         let task = async move { (index, Ended::Fetched(ranged.fetch(connection).await)) };
         piece.fetching = Some(self.tasks.spawn(task));
     }
 
-    async fn ended(&mut self, index: usize, ended: Ended) -> Result<(), PartsError> {
+    fn ended(&mut self, index: usize, ended: Ended) -> Result<(), PartsError> {
         let piece = &mut self.pieces[index];
         match ended {
             Ended::Fetched(result) => {
@@ -583,7 +597,7 @@ impl<'a> Bringing<'a> {
                     Err(CopyError::Local(error)) => return Err(error.into()),
                     Err(CopyError::Bad(bad)) => {
                         tracing::warn!(path = %self.file.path, error = %bad, "damaged bytes in the shared tier");
-                        self.damaged().await;
+                        self.damaged();
                     }
                     Err(CopyError::Trouble(error)) => self.failed(&Chain(&error).to_string()),
                 }
@@ -617,19 +631,22 @@ impl<'a> Bringing<'a> {
     }
 
     /// Damaged bytes are set aside, and brought anew under the same name.
-    async fn damaged(&mut self) {
+    fn damaged(&mut self) {
         self.set_aside += 1;
-        self.share.set_aside().await;
-        if !self.share.open_again().await {
-            self.failures = FAILURES;
-            return;
-        }
-        self.begin_anew();
+        self.replace = Some(true);
+        // Nothing more is copied from there.
+        self.sums.clear();
+        self.view.segments.fill(SegmentView::default());
     }
 
-    /// What has the blob's name now is another directory.
-    fn begin_anew(&mut self) {
-        self.fill = self.share.fill();
+    /// Another directory has the blob's name now.
+    fn begin_anew(&mut self, fill: Arc<Fill>) {
+        *self
+            .share
+            .fill
+            .lock()
+            .expect("no holder of this lock panics") = Arc::clone(&fill);
+        self.fill = fill;
         (self.sums, self.mine) = (HashMap::new(), HashMap::new());
         (self.silence, self.silent) = (Silence::default(), HashMap::new());
         self.view.segments.fill(SegmentView::default());
@@ -637,33 +654,8 @@ impl<'a> Bringing<'a> {
     }
 }
 
-/// Cuts what is missing at the borders of segments and pieces.
-fn cut(missing: Vec<Range<u64>>, fill: &Fill, piece_bytes: u64) -> Vec<Piece> {
-    let mut pieces = Vec::new();
-    for range in split(missing, piece_bytes) {
-        let mut at = range.start;
-        while at < range.end {
-            let segment = fill.segment_of(at);
-            let end = fill.range(segment).end.min(range.end);
-            pieces.push(Piece {
-                range: at..end,
-                segment,
-                done: false,
-                copying: None,
-                fetching: None,
-                owed: None,
-            });
-            at = end;
-        }
-    }
-    pieces
-}
-
 /// Reads a block of the local bytes on the blocking pool.
-async fn read_local(
-    part: &Arc<Part>,
-    range: Range<u64>,
-) -> Result<Vec<u8>, crate::store::StoreError> {
+async fn read_local(part: &Arc<Part>, range: Range<u64>) -> Result<Vec<u8>, StoreError> {
     let part = Arc::clone(part);
     blocking::run(move || part.read(range)).await
 }

@@ -62,6 +62,8 @@ pub struct Situation<'a> {
     pub outstanding: u64,
     /// Pieces of this file that are copied now.
     pub copies: usize,
+    /// Bytes that this node copies now, of all files.
+    pub copying: u64,
     /// Bytes of a piece, which is fetched or copied at a time.
     pub piece_bytes: u64,
     /// Bytes per second from origins, once that is known.
@@ -90,7 +92,10 @@ pub enum Move {
 /// Pieces of one file that are copied at a time.
 pub const COPIES: usize = 8;
 
-/// How far ahead a node claims: what it fetches within this time, in seconds. More would leave nothing to the
+/// Pieces that are copied at a time as long as the rate of the shared tier is not known.
+const FIRST_COPIES: u64 = 2;
+
+/// How far ahead a node claims and copies: what it fetches within this time, in seconds. More would leave nothing to the
 /// others, less would leave its connections idle between two segments.
 const AHEAD_SECONDS: f64 = 1.0;
 
@@ -105,7 +110,7 @@ impl Situation<'_> {
             return Move::Fetch(mine);
         }
         let here = |segment: &Segment| segment.place == Place::Here;
-        if let Some(here) = self.first(here).filter(|_| self.copies < COPIES) {
+        if let Some(here) = self.first(here).filter(|_| self.may_copy()) {
             return Move::Copy(here);
         }
         if !self.is_hungry() {
@@ -128,6 +133,16 @@ impl Situation<'_> {
     fn is_hungry(&self) -> bool {
         let ahead = self.origin_rate.unwrap_or(0.0) * AHEAD_SECONDS;
         (self.outstanding as f64) < ahead.max(self.piece_bytes as f64)
+    }
+
+    /// Whether more can be copied at once. From a slow tier no more than it can bring soon: what is half copied
+    /// when the origin overtakes it came in vain.
+    fn may_copy(&self) -> bool {
+        let ahead = match self.shared_rate {
+            Some(rate) => (rate * AHEAD_SECONDS).max(self.piece_bytes as f64),
+            None => (FIRST_COPIES * self.piece_bytes) as f64,
+        };
+        self.copies < COPIES && (self.copying as f64) < ahead
     }
 
     fn first(&self, wanted: impl Fn(&Segment) -> bool) -> Option<usize> {
@@ -196,6 +211,7 @@ mod tests {
             segments,
             outstanding: 0,
             copies: 0,
+            copying: 0,
             piece_bytes: 16 * MIB,
             origin_rate: None,
             shared_rate: None,
@@ -264,6 +280,24 @@ mod tests {
             ..full
         };
         assert_eq!(copying.next(), Move::Fetch(0));
+    }
+
+    #[test]
+    fn no_more_is_copied_at_once_than_a_slow_tier_brings_soon() {
+        let here = [segment(Place::Here); 4];
+        let copying = |pieces: u64, shared_rate| Situation {
+            copies: pieces as usize,
+            copying: pieces * 16 * MIB,
+            shared_rate,
+            ..situation(&here)
+        };
+        let moves = |pieces, rate| copying(pieces, rate).next();
+        assert_eq!(moves(1, None), Move::Copy(0));
+        assert_eq!(moves(2, None), Move::Wait);
+        assert_eq!(moves(0, Some(1e6)), Move::Copy(0));
+        assert_eq!(moves(1, Some(1e6)), Move::Wait);
+        assert_eq!(moves(7, Some(1e9)), Move::Copy(0));
+        assert_eq!(moves(COPIES as u64, Some(1e9)), Move::Wait);
     }
 
     #[test]

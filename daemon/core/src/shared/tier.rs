@@ -105,6 +105,7 @@ pub struct SharedTier {
     copies: Semaphore,
     rates: Rates,
     outstanding: AtomicU64,
+    copying: AtomicU64,
     /// One file at a time claims: else all would claim for the same hunger.
     turn: tokio::sync::Mutex<()>,
     /// Something changed that a file may wait for.
@@ -133,18 +134,17 @@ struct State {
     layout_set: bool,
 }
 
-/// Bytes that this process has set out to fetch. Dropping it says that they came, or will not.
+/// Bytes that this process has set out to bring. Dropping it says that they came, or will not.
 pub(crate) struct Owed {
     tier: Arc<SharedTier>,
     bytes: u64,
+    way: fn(&SharedTier) -> &AtomicU64,
 }
 
 impl Drop for Owed {
     fn drop(&mut self) {
-        self.tier
-            .outstanding
-            .fetch_sub(self.bytes, Ordering::Relaxed);
-        // Another file may claim now.
+        (self.way)(&self.tier).fetch_sub(self.bytes, Ordering::Relaxed);
+        // Another file may claim or copy now.
         self.tier.changed.notify_waiters();
     }
 }
@@ -174,6 +174,7 @@ impl SharedTier {
             copies: Semaphore::new(COPIES),
             rates: Rates::default(),
             outstanding: AtomicU64::new(0),
+            copying: AtomicU64::new(0),
             turn: tokio::sync::Mutex::default(),
             changed: Notify::new(),
             suspicion: Notify::new(),
@@ -258,10 +259,25 @@ impl SharedTier {
         self.outstanding.load(Ordering::Relaxed)
     }
 
+    /// Bytes that are being copied.
+    pub(crate) fn copying(&self) -> u64 {
+        self.copying.load(Ordering::Relaxed)
+    }
+
+    /// Counts bytes that are to be fetched from an origin.
     pub(crate) fn owe(self: &Arc<Self>, bytes: u64) -> Owed {
-        self.outstanding.fetch_add(bytes, Ordering::Relaxed);
+        self.count(bytes, |tier| &tier.outstanding)
+    }
+
+    /// Counts bytes that are to be copied.
+    pub(crate) fn owe_copy(self: &Arc<Self>, bytes: u64) -> Owed {
+        self.count(bytes, |tier| &tier.copying)
+    }
+
+    fn count(self: &Arc<Self>, bytes: u64, way: fn(&Self) -> &AtomicU64) -> Owed {
+        way(self).fetch_add(bytes, Ordering::Relaxed);
         let tier = Arc::clone(self);
-        Owed { tier, bytes }
+        Owed { tier, bytes, way }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -418,8 +434,13 @@ impl SharedTier {
             let state = self.lock();
             (state.store.clone(), state.layout_set)
         };
+        let seen = before.is_some();
         let looked = self.bounded(self.config.stall_timeout, move || {
-            let store = SharedStore::open(&root, &options)?;
+            let store = match seen {
+                // What was there is not mounted any more: nothing is made in its place.
+                true => SharedStore::open_existing(&root)?,
+                false => SharedStore::open(&root, &options)?,
+            };
             // It can be read; whether it can be written is another question.
             let (_, free) = store.capacity()?;
             let written = match free < 2 * store.segment_bytes() {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::read_local;
 use crate::errors::Chain;
-use crate::shared::{Fill, SharedClaim, SharedTier, Sums, Trouble};
+use crate::shared::{self, Fill, SharedClaim, SharedTier, Sums, Trouble};
 use crate::store::{Part, StoreError};
 
 /// How often a writer looks for bytes that have come.
@@ -15,6 +15,9 @@ const LOOK: Duration = Duration::from_millis(25);
 
 /// How much longer a sync may take than another call: it waits for all that was written.
 const SYNC: u32 = 6;
+
+/// Bytes that one call writes.
+const STEP_BYTES: usize = 1 << 20;
 
 /// Bytes that are written before they are synced.
 const SYNC_BYTES: u64 = 64 << 20;
@@ -96,9 +99,7 @@ impl Upload {
             let _under_way = self.tier.rates().written.begin();
             let data = read_local(&self.part, block.clone()).await?;
             sums.set(index, Sums::of(&data));
-            let file = Arc::clone(&target);
-            let write = self.tier.run(move |_| file.write(block.start, &data));
-            write.await?;
+            self.write_block(&target, block.start, data).await?;
             written.fetch_add(bytes, Ordering::Relaxed);
             self.tier.rates().written.count(bytes);
             self.tier.metrics().shared_written(bytes);
@@ -116,6 +117,25 @@ impl Upload {
         let (fill, segment) = (Arc::clone(&self.fill), self.segment);
         let finish = self.tier.run(move |_| fill.finish(segment, &sums));
         Ok(finish.await?)
+    }
+
+    /// In small steps: on a slow tier that many write to, each takes its time.
+    async fn write_block(
+        &self,
+        target: &Arc<shared::Part>,
+        offset: u64,
+        data: Vec<u8>,
+    ) -> Result<(), UploadError> {
+        let data = bytes::Bytes::from(data);
+        let mut at = 0;
+        while at < data.len() {
+            let step = data.slice(at..(at + STEP_BYTES).min(data.len()));
+            let (file, offset) = (Arc::clone(target), offset + at as u64);
+            at += step.len();
+            let write = self.tier.run(move |_| file.write(offset, &step));
+            write.await?;
+        }
+        Ok(())
     }
 
     /// Shows the others that the work goes on, as long as it does.
