@@ -51,6 +51,8 @@ pub const POINTS: &[&str] = &[
     "shared.sealed",
     "shared.published",
     "shared.set_aside",
+    "shared.collect.renamed",
+    "shared.collect.deleted",
 ];
 
 /// Kills the process here if a test asked for it.

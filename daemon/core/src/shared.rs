@@ -40,6 +40,7 @@ use crate::source::RemoteFile;
 use crate::store::StageKey;
 
 pub mod choice;
+mod collect;
 mod fill;
 mod lease;
 pub mod lustre;
@@ -49,6 +50,7 @@ mod snapshot;
 mod tests;
 mod tier;
 
+pub use collect::{CollectPolicy, CollectedSnapshot, SharedCollected, Why};
 pub use fill::{BadBlock, Fill, Part, SegmentView, SharedClaim, Silence, Sums, View};
 pub use lease::SharedLease;
 pub use rates::{Rate, Rates};
