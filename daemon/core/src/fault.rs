@@ -53,6 +53,8 @@ pub const POINTS: &[&str] = &[
     "shared.set_aside",
     "shared.collect.renamed",
     "shared.collect.deleted",
+    "shared.import.linked",
+    "shared.import.named",
 ];
 
 /// Kills the process here if a test asked for it.

@@ -42,6 +42,7 @@ use crate::store::StageKey;
 pub mod choice;
 mod collect;
 mod fill;
+mod import;
 mod lease;
 pub mod lustre;
 mod rates;
@@ -52,6 +53,7 @@ mod tier;
 
 pub use collect::{CollectPolicy, CollectedSnapshot, SharedCollected, Why};
 pub use fill::{BadBlock, Fill, Part, SegmentView, SharedClaim, Silence, Sums, View};
+pub use import::{DamagedFile, ImportError, Imported, ImportedModel, Left};
 pub use lease::SharedLease;
 pub use rates::{Rate, Rates};
 pub use snapshot::{SharedFile, SharedSnapshot};

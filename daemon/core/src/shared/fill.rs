@@ -415,7 +415,15 @@ impl Fill {
         }
     }
 
-    fn open(&self, name: &str, flags: OFlag) -> io::Result<File> {
+    pub(super) fn dir(&self) -> &OwnedFd {
+        &self.dir
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(super) fn open(&self, name: &str, flags: OFlag) -> io::Result<File> {
         let flags = flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let mode = Mode::from_bits_truncate(0o644);
         Ok(openat(&self.dir, name, flags, mode).map(File::from)?)
@@ -442,7 +450,7 @@ impl Fill {
         }
     }
 
-    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+    pub(super) fn rename(&self, from: &str, to: &str) -> io::Result<()> {
         Ok(renameat(&self.dir, from, &self.dir, to)?)
     }
 
