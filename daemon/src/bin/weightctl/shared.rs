@@ -208,13 +208,15 @@ fn imported_text(imported: &Imported, took: f64) -> String {
         text.push_str(&format!("left out {}: {}\n", left.path.display(), left.why));
     }
     let hashed: u64 = imported.models.iter().map(|model| model.bytes_hashed).sum();
-    let rate = bytes((hashed as f64 / took.max(0.001)) as u64);
-    text.push_str(&format!(
-        "imported {}, {} hashed in {} ({rate}/s)\n",
-        count(imported.models.len() as u64, "model"),
-        bytes(hashed),
-        seconds(took),
-    ));
+    let models = count(imported.models.len() as u64, "model");
+    text.push_str(&match hashed {
+        0 => format!("imported {models}, nothing was left to hash\n"),
+        _ => {
+            let rate = bytes((hashed as f64 / took.max(0.001)) as u64);
+            let (hashed, took) = (bytes(hashed), seconds(took));
+            format!("imported {models}, {hashed} hashed in {took} ({rate}/s)\n")
+        }
+    });
     text
 }
 

@@ -1,10 +1,17 @@
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
+
+use futures::FutureExt;
+use futures::future::BoxFuture;
 
 use super::*;
 use crate::digest::GitOid;
-use crate::shared::{Fill, SharedOptions};
+use crate::fetch::{FetchLimits, FetchRequest, Fetcher};
+use crate::model::Revision;
+use crate::shared::{Fill, SharedConfig, SharedOptions, SharedTier};
+use crate::source::{ByteStream, Listing, RemoteFile, Source, SourceError, Sources, Vouched};
+use crate::store::{Store, StoreLimits};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 const OTHER: &str = "fedcba9876543210fedcba9876543210fedcba98";
@@ -479,4 +486,99 @@ fn plain_files_are_checked_by_the_tree_or_named_by_what_they_hold() {
         .find(|file| file.path.as_str() == "empty.json")
         .unwrap();
     assert_eq!((empty.size, &empty.key), (0, &None));
+}
+
+/// Lists a model as the Hub does, and gives out no byte of it.
+struct Mute;
+
+impl Source for Mute {
+    fn resolve(&self) -> BoxFuture<'_, Result<Revision, SourceError>> {
+        async { Ok(Revision::new(COMMIT).unwrap()) }.boxed()
+    }
+
+    fn list<'a>(
+        &'a self,
+        _: &'a Revision,
+        _: &'a Patterns,
+    ) -> BoxFuture<'a, Result<Listing, SourceError>> {
+        let file = |path: &str, bytes: &[u8], claims: Claims| RemoteFile {
+            path: RelPath::new(path).unwrap(),
+            size: bytes.len() as u64,
+            identity: { claims.git_oid }.map(|oid| git_identity(oid, bytes.len() as u64)),
+            claims,
+            vouched: Vouched::BySource,
+            xet_hash: None,
+        };
+        let lfs = Claims {
+            sha256: Some(Digest::of(&safetensors())),
+            ..Claims::default()
+        };
+        let git = Claims {
+            git_oid: Some(GitOid::of(b"{}")),
+            ..Claims::default()
+        };
+        let files = vec![
+            file("config.json", b"{}", git),
+            file("model.safetensors", &safetensors(), lfs),
+        ];
+        let left_out = crate::source::LeftOut::default();
+        async { Ok(Listing { files, left_out }) }.boxed()
+    }
+
+    fn read<'a>(
+        &'a self,
+        file: &'a RemoteFile,
+        _: std::ops::Range<u64>,
+    ) -> BoxFuture<'a, Result<ByteStream, SourceError>> {
+        panic!("{} is read from the origin", file.path)
+    }
+}
+
+impl Sources for Mute {
+    fn open(&self, _: &ModelRef) -> Result<Arc<dyn Source>, SourceError> {
+        Ok(Arc::new(Self))
+    }
+}
+
+/// Weights of 11 MiB with a header that is right.
+fn safetensors() -> Vec<u8> {
+    let data = weights(0);
+    let size = data.len();
+    let header = format!(r#"{{"w":{{"dtype":"U8","shape":[{size}],"data_offsets":[0,{size}]}}}}"#);
+    let header = format!("{header:120}");
+    let length = (header.len() as u64).to_le_bytes();
+    [&length[..], header.as_bytes(), &data].concat()
+}
+
+#[tokio::test]
+async fn a_fetch_of_an_imported_model_takes_no_byte_from_its_origin() {
+    let scene = Scene::new();
+    scene.add("model", COMMIT, "model.safetensors", &safetensors());
+    scene.add("model", COMMIT, "config.json", b"{}");
+    scene.import(&scene.home());
+    let local = Store::open(&scene.dir.path().join("local"), StoreLimits::default()).unwrap();
+    let config = SharedConfig::new(scene.store.root().to_owned());
+    let tier = SharedTier::new(config, Arc::default());
+    let limits = FetchLimits::default();
+    let sources = Arc::new(Mute);
+    let fetcher = Fetcher::with_tier(local, sources, limits, Arc::default(), Some(tier));
+    let before = scene.store.snapshots().unwrap();
+
+    let fetched = fetcher.fetch(FetchRequest {
+        model: "hf://org/model".parse().unwrap(),
+        patterns: Patterns::default(),
+        pin: None,
+    });
+    let fetched = fetched.wait().await.unwrap();
+    fetcher.tier().unwrap().settle(Duration::from_secs(5)).await;
+
+    let copied = fs::read(fetched.snapshot.path.join("model.safetensors")).unwrap();
+    assert!(copied == safetensors());
+    // The node's own note says the same.
+    let after = scene.store.snapshots().unwrap();
+    assert_eq!(after.len(), 1);
+    assert_eq!(
+        (&after[0].0, &after[0].1.files),
+        (&before[0].0, &before[0].1.files)
+    );
 }
