@@ -12,4 +12,5 @@ mod e2e {
     mod processes;
     mod s3;
     mod shared;
+    mod shared_admin;
 }

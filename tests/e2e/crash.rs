@@ -291,6 +291,8 @@ fn every_fault_point_has_a_test_that_dies_there() {
         OF_A_VOLUME,
         shared::OF_A_SHARED_FETCH,
         shared::OF_DAMAGE,
+        super::shared_admin::OF_AN_IMPORT,
+        super::shared_admin::OF_A_SHARED_COLLECTION,
     ];
     let tested: BTreeSet<&str> = tested.concat().into_iter().collect();
     let known: BTreeSet<&str> = fault::POINTS.iter().copied().collect();

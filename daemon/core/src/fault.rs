@@ -51,6 +51,10 @@ pub const POINTS: &[&str] = &[
     "shared.sealed",
     "shared.published",
     "shared.set_aside",
+    "shared.collect.renamed",
+    "shared.collect.deleted",
+    "shared.import.linked",
+    "shared.import.named",
 ];
 
 /// Kills the process here if a test asked for it.

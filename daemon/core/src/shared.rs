@@ -40,7 +40,9 @@ use crate::source::RemoteFile;
 use crate::store::StageKey;
 
 pub mod choice;
+mod collect;
 mod fill;
+mod import;
 mod lease;
 pub mod lustre;
 mod rates;
@@ -49,7 +51,9 @@ mod snapshot;
 mod tests;
 mod tier;
 
+pub use collect::{CollectPolicy, CollectedSnapshot, SharedCollected, Why};
 pub use fill::{BadBlock, Fill, Part, SegmentView, SharedClaim, Silence, Sums, View};
+pub use import::{DamagedFile, ImportError, Imported, ImportedModel, Left};
 pub use lease::SharedLease;
 pub use rates::{Rate, Rates};
 pub use snapshot::{SharedFile, SharedSnapshot};

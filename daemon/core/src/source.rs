@@ -9,7 +9,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 
-use crate::digest::Claims;
+use crate::digest::{Claims, GitOid};
 use crate::model::{ModelRef, Patterns, RelPath, Revision};
 
 /// The bytes of one ranged read, in order.
@@ -194,6 +194,13 @@ impl SourceError {
     }
 }
 
+/// What names the bytes of a file that lives in git itself, for [`RemoteFile::identity`]. Nodes find each
+/// other's blobs by it: it must not change.
+#[must_use]
+pub fn git_identity(oid: GitOid, size: u64) -> String {
+    format!("git-sha1:{oid}:{size}")
+}
+
 /// No file is larger: 1 PiB.
 const FILE_BYTES: u64 = 1 << 50;
 
@@ -318,6 +325,17 @@ mod tests {
                     .collect()
             })
             .map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn what_git_names_has_one_name_in_every_version() {
+        let expected = "git-sha1:3ab313fff6f41bb35969cd359e9ddfb8033b3ac2:7";
+        assert_eq!(git_identity(GitOid::of(b"weights"), 7), expected);
+        let key = crate::store::StageKey::of_identity(expected).to_string();
+        assert_eq!(
+            key,
+            "af6fdec170df192ab4f8972f6792599e4fd32733ee77558f81d311657dabdc44"
+        );
     }
 
     #[test]

@@ -31,7 +31,9 @@ use std::sync::{Arc, OnceLock};
 
 use futures::future::{BoxFuture, FutureExt};
 use weightd_core::model::{ModelRef, Patterns, Revision};
-use weightd_core::source::{ByteStream, Listing, RemoteFile, Source, SourceError, Vouched, select};
+use weightd_core::source::{
+    ByteStream, Listing, RemoteFile, Source, SourceError, Vouched, git_identity, select,
+};
 
 pub use client::HfClients;
 pub use config::{HfConfig, HfConfigError, TokenPlace};
@@ -118,10 +120,7 @@ impl HfSource {
             claims: file.claims,
             // The Hub takes no LFS object whose bytes are not those that its name says.
             vouched: Vouched::BySource,
-            identity: file
-                .claims
-                .git_oid
-                .map(|oid| format!("git-sha1:{oid}:{size}")),
+            identity: file.claims.git_oid.map(|oid| git_identity(oid, size)),
             xet_hash: file.xet_hash,
         });
         Ok(Listing {

@@ -82,7 +82,7 @@ impl SharedStore {
         }
     }
 
-    fn open_fill(&self, path: PathBuf, size: u64) -> Result<Fill, SharedError> {
+    pub(super) fn open_fill(&self, path: PathBuf, size: u64) -> Result<Fill, SharedError> {
         let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_RDONLY;
         let dir = nix::fcntl::open(&path, flags, Mode::empty()).at("open", &path)?;
         Ok(Fill {
@@ -194,7 +194,7 @@ impl Fill {
         Ok(view)
     }
 
-    fn names(&self) -> Result<Vec<String>, SharedError> {
+    pub(super) fn names(&self) -> Result<Vec<String>, SharedError> {
         // A descriptor of its own: the place in a directory is part of what is open.
         let flags = OFlag::O_DIRECTORY | OFlag::O_CLOEXEC | OFlag::O_RDONLY;
         let mut dir = Dir::openat(&self.dir, ".", flags, Mode::empty()).at("list", &self.path)?;
@@ -415,7 +415,15 @@ impl Fill {
         }
     }
 
-    fn open(&self, name: &str, flags: OFlag) -> io::Result<File> {
+    pub(super) fn dir(&self) -> &OwnedFd {
+        &self.dir
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(super) fn open(&self, name: &str, flags: OFlag) -> io::Result<File> {
         let flags = flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let mode = Mode::from_bits_truncate(0o644);
         Ok(openat(&self.dir, name, flags, mode).map(File::from)?)
@@ -430,7 +438,7 @@ impl Fill {
     }
 
     /// A small file's text; `None` if it is not there.
-    fn read(&self, name: &str) -> io::Result<Option<String>> {
+    pub(super) fn read(&self, name: &str) -> io::Result<Option<String>> {
         match self.open(name, OFlag::O_RDONLY) {
             Ok(file) => {
                 let mut bytes = Vec::new();
@@ -442,11 +450,11 @@ impl Fill {
         }
     }
 
-    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+    pub(super) fn rename(&self, from: &str, to: &str) -> io::Result<()> {
         Ok(renameat(&self.dir, from, &self.dir, to)?)
     }
 
-    fn remove(&self, name: &str) -> io::Result<()> {
+    pub(super) fn remove(&self, name: &str) -> io::Result<()> {
         match unlinkat(&self.dir, name, UnlinkatFlags::NoRemoveDir) {
             Ok(()) | Err(nix::Error::ENOENT) => Ok(()),
             Err(errno) => Err(errno.into()),

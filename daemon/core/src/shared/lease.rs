@@ -1,9 +1,12 @@
 //! What nodes use now: the collector removes none of it.
 
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+
+use nix::fcntl::OFlag;
 
 use super::{At, SharedError, SharedStore, new_file};
 use crate::fault;
@@ -22,7 +25,15 @@ pub(super) struct FoundLease {
     pub(super) path: PathBuf,
     /// Changes while its owner lives.
     pub(super) beat: String,
-    pub(super) keys: Vec<String>,
+    keys: HashSet<String>,
+    /// It has more keys than were read.
+    cut_off: bool,
+}
+
+impl FoundLease {
+    pub(super) fn lists(&self, key: &str) -> bool {
+        self.cut_off || self.keys.contains(key)
+    }
 }
 
 /// The most that is read of a lease: 100,000 keys.
@@ -54,6 +65,10 @@ impl SharedStore {
         let mut found = Vec::new();
         for entry in fs::read_dir(&folder).at("list", &folder)? {
             let path = entry.at("list", &folder)?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            if uuid::Uuid::parse_str(&name).is_err() {
+                continue;
+            }
             if let Some(lease) = read_lease(&path).at("read", &path)? {
                 found.push(lease);
             }
@@ -67,17 +82,30 @@ fn beat_line(beat: u64, owner: &str) -> String {
 }
 
 fn read_lease(path: &Path) -> io::Result<Option<FoundLease>> {
-    let mut text = String::new();
-    match File::open(path) {
-        Ok(file) => file.take(LEASE_BYTES).read_to_string(&mut text)?,
+    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+    let opened = File::options()
+        .read(true)
+        .custom_flags(flags.bits())
+        .open(path);
+    let file = match opened {
+        Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        // A link is none of ours.
+        Err(error) if error.raw_os_error() == Some(nix::libc::ELOOP) => return Ok(None),
         Err(error) => return Err(error),
     };
+    if !file.metadata()?.is_file() {
+        return Ok(None);
+    }
+    let mut bytes = Vec::new();
+    file.take(LEASE_BYTES).read_to_end(&mut bytes)?;
+    let text = String::from_utf8_lossy(&bytes);
     let mut lines = text.lines().map(str::to_owned);
     Ok(Some(FoundLease {
         path: path.to_owned(),
         beat: lines.next().unwrap_or_default(),
         keys: lines.collect(),
+        cut_off: bytes.len() as u64 == LEASE_BYTES,
     }))
 }
 

@@ -133,6 +133,32 @@ fn holder(text: &str) -> Result<String, String> {
         .map_err(|error| error.to_string())
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Tier {
+    /// This machine's.
+    Local,
+    /// That of all nodes.
+    Shared,
+}
+
+/// What goes from the shared tier.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
+#[command(next_help_heading = "With --tier shared")]
+pub(crate) struct SharedGc {
+    /// Remove models that no node used for so long, such as 30d
+    #[arg(long, value_name = "TIME")]
+    pub(crate) max_age: Option<Span>,
+    /// Remove the least recently used models until the others take no more than this, such as 2TiB
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) max_bytes: Option<Bytes>,
+    /// Keep what no model needs until it has not changed for so long [default: 24h]
+    #[arg(long, value_name = "TIME")]
+    pub(crate) grace: Option<Span>,
+    /// Say what would be removed, and remove nothing
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Fetch models, and return when they can be used
@@ -205,10 +231,41 @@ other formats and pickle files are left out. JSON: one object a line for each mo
         spec: Spec,
     },
     /// Remove what no model needs: unused bytes, dead and stale partial downloads
+    ///
+    /// With `--tier shared` that of the shared tier, without a daemon: models that were not used for long or do
+    /// not fit, and blobs that no other model needs. What a node uses now stays. It may run anywhere, at any
+    /// time, also several at once, and be killed.
+    #[command(after_help = "\
+Examples:
+  weightctl gc
+  weightctl --shared-root /fsx/weightd gc --tier shared --max-age 30d --dry-run
+  weightctl --shared-root /fsx/weightd gc --tier shared --max-bytes 2TiB")]
     Gc {
         /// Also what unfinished downloads could still go on with, and damaged bytes that were set aside
         #[arg(long)]
         partial: bool,
+        /// Where: the store of this machine, or the tier that nodes share
+        #[arg(long, value_enum, default_value_t = Tier::Local)]
+        tier: Tier,
+        #[command(flatten)]
+        shared: SharedGc,
+    },
+    /// Make models of a Hugging Face cache content of the shared tier, without downloading them
+    ///
+    /// Every file is read once and hashed; one whose hash is not its name in the cache is left out, with the
+    /// models that hold it: then the exit code is 1. Files are linked where the cache lies on the same file
+    /// system, else copied. Linked files must not be changed in place afterwards (huggingface_hub never does).
+    /// No daemon is needed.
+    #[command(after_help = "\
+Examples:
+  weightctl --shared-root /fsx/weightd import /fsx/huggingface
+  weightctl --shared-root /fsx/weightd import ~/.cache/huggingface/hub/models--org--model --copy")]
+    Import {
+        /// HF_HOME, the directory `hub` in it, or one models--org--name in that
+        dir: PathBuf,
+        /// Copy all files, link none
+        #[arg(long)]
+        copy: bool,
     },
     /// Hash what is here again; set damaged bytes aside; exit code 1 if there were any
     ///
@@ -278,6 +335,9 @@ mod tests {
             &["prefetch", "hf://org/model", "--pin", "a/b"],
             &["pin", "hf://org/model"],
             &["--root", "/x", "--socket", "/y", "ls"],
+            &["gc", "--tier", "other"],
+            &["gc", "--tier", "shared", "--max-age", "soon"],
+            &["import"],
             &["frobnicate"],
         ] {
             let error =

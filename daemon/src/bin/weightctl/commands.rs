@@ -22,6 +22,16 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Completions { shell } => return completions(shell),
         Command::Man { dir } => return man(dir.as_deref()),
         Command::Doctor(args) => return crate::doctor::run(output, &cli.global, &args).await,
+        Command::Gc {
+            partial,
+            tier,
+            ref shared,
+        } if crate::shared::is_meant(tier, shared, partial)? => {
+            return crate::shared::gc(&cli.global, output, shared.clone()).await;
+        }
+        Command::Import { dir, copy } => {
+            return crate::shared::import(&cli.global, output, dir, copy).await;
+        }
         #[cfg(feature = "demo")]
         Command::Demo(demo) => return crate::demo::run(output, &demo).await,
         _ => {}
@@ -64,12 +74,13 @@ async fn dispatch(client: &mut Client, output: Output, command: Command) -> anyh
         Command::Pin { spec, name } => pin(client, output, &spec, name).await,
         Command::Unpin { spec, name } => unpin(client, output, &spec, name).await,
         Command::Rm { spec } => rm(client, output, &spec).await,
-        Command::Gc { partial } => gc(client, output, partial).await,
+        Command::Gc { partial, .. } => gc(client, output, partial).await,
         Command::Verify { model, files } => verify(client, output, model, files).await,
         #[cfg(feature = "demo")]
         Command::Demo(_) => unreachable!("it needs no backend"),
         Command::Completions { .. }
         | Command::Doctor(_)
+        | Command::Import { .. }
         | Command::Man { .. }
         | Command::Wait(_) => unreachable!("they need no backend"),
     }

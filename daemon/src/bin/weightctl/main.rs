@@ -14,6 +14,7 @@ mod demo;
 mod doctor;
 mod output;
 mod progress;
+mod shared;
 mod wait;
 
 use args::Cli;

@@ -9,6 +9,7 @@ use weightd_proto::weightd::v1::{Progress, VerifyProgress, progress::Phase};
 use crate::output::{self, Output};
 
 /// One bar, for one command's work.
+#[derive(Clone)]
 pub(crate) struct Bar(ProgressBar);
 
 impl Bar {
@@ -42,13 +43,15 @@ impl Bar {
     }
 
     pub(crate) fn verify(&self, progress: &VerifyProgress) {
-        self.0.set_prefix("verifying");
-        self.0.set_length(progress.bytes);
-        self.0.set_position(progress.bytes_done);
-        let (done, all) = (
-            output::bytes(progress.bytes_done),
-            output::bytes(progress.bytes),
-        );
+        self.hash("verifying", progress.bytes_done, progress.bytes);
+    }
+
+    /// Bytes hashed so far, and all.
+    pub(crate) fn hash(&self, doing: &'static str, done: u64, all: u64) {
+        self.0.set_prefix(doing);
+        self.0.set_length(all);
+        self.0.set_position(done);
+        let (done, all) = (output::bytes(done), output::bytes(all));
         self.0.set_message(format!("{done} of {all}"));
     }
 
