@@ -57,8 +57,8 @@ pub use import::{DamagedFile, ImportError, Imported, ImportedModel, Left};
 pub use lease::SharedLease;
 pub use rates::{Rate, Rates};
 pub use snapshot::{SharedFile, SharedSnapshot};
-pub(crate) use tier::Owed;
 pub use tier::{Egress, SharedConfig, SharedTier, TierState, Trouble};
+pub(crate) use tier::{KeptLease, Owed};
 
 /// The version of the layout that this code reads and writes.
 pub const FORMAT: u32 = 1;

@@ -17,7 +17,7 @@ use crate::digest::{ClaimMismatch, Digest};
 use crate::errors::Chain;
 use crate::manifest::{FileEntry, Manifest};
 use crate::model::{Patterns, RelPath, Revision, SnapshotId};
-use crate::shared::{SharedSnapshot, is_shareable};
+use crate::shared::{KeptLease, SharedSnapshot, is_shareable};
 use crate::source::{LeftOut, Listing, RemoteFile, Source, SourceError};
 use crate::store::{
     Claimed, FetchRecord, HashError, Lease, Part, Room, Snapshot, SnapshotLease, StageKey, Store,
@@ -192,7 +192,7 @@ impl Fetcher {
         let part_bytes = self.shared.limits.part_bytes;
         files.sort_by(|a, b| (a.size > part_bytes, &a.path).cmp(&(b.size > part_bytes, &b.path)));
         let keys = shared_keys(&files);
-        let _leased = match &self.shared.tier {
+        let leased = match &self.shared.tier {
             Some(tier) if tier.answers().await => {
                 tier.lease(keys.values().cloned().collect()).await
             }
@@ -215,12 +215,19 @@ impl Fetcher {
         entries.sort_by(|a, b| a.path.cmp(&b.path));
         job.meter.set(|progress| progress.phase = Phase::Publishing);
         let published = self.publish(job, lease, entries, revision, id).await?;
-        self.note_shared(job, id, keys);
+        self.note_shared(job, id, keys, leased);
         Ok(published)
     }
 
     /// Notes in the shared tier which blobs the model needs, behind.
-    fn note_shared(&self, job: &Job, id: &SnapshotId, keys: HashMap<RelPath, StageKey>) {
+    /// Until then they are leased.
+    fn note_shared(
+        &self,
+        job: &Job,
+        id: &SnapshotId,
+        keys: HashMap<RelPath, StageKey>,
+        leased: Option<KeptLease>,
+    ) {
         let Some(tier) = &self.shared.tier else {
             return;
         };
@@ -237,6 +244,7 @@ impl Fetcher {
             if let Err(error) = noted {
                 tracing::warn!(error = %Chain(&error), "model not noted in the shared tier");
             }
+            drop(leased);
         };
         tier.behind().spawn(note);
     }

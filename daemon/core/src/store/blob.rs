@@ -535,7 +535,8 @@ mod tests {
             state.present.insert(record.range.clone());
         }
         Part {
-            file: claim::try_exclusive(file).unwrap().unwrap(),
+            // A child that another test starts holds our locks, too, until it is another program.
+            file: claim::wait(file, nix::fcntl::FlockArg::LockExclusive).unwrap(),
             path,
             size,
             journal: Mutex::new(journal),
