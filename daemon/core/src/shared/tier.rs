@@ -106,8 +106,6 @@ pub struct SharedTier {
     rates: Rates,
     outstanding: AtomicU64,
     copying: AtomicU64,
-    /// One file at a time claims: else all would claim for the same hunger.
-    turn: tokio::sync::Mutex<()>,
     /// Something changed that a file may wait for.
     changed: Notify,
     /// The prober has something to look at.
@@ -175,7 +173,6 @@ impl SharedTier {
             rates: Rates::default(),
             outstanding: AtomicU64::new(0),
             copying: AtomicU64::new(0),
-            turn: tokio::sync::Mutex::default(),
             changed: Notify::new(),
             suspicion: Notify::new(),
             looked: Notify::new(),
@@ -245,10 +242,6 @@ impl SharedTier {
 
     pub(crate) fn copies(&self) -> &Semaphore {
         &self.copies
-    }
-
-    pub(crate) fn turn(&self) -> &tokio::sync::Mutex<()> {
-        &self.turn
     }
 
     pub(crate) fn changed(&self) -> &Notify {
