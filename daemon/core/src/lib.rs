@@ -11,6 +11,7 @@
 //!              ├ Store::reserve   disk space for the rest; evict; NoSpace says what is short
 //!              ├ one file         claim the bytes, or follow whoever has them
 //!              │  └ parts          ranges in parallel → blocks → write, journal; one hasher follows
+//!              │     ├ Share          with a shared tier: claim segments, copy those of other nodes, write ours behind
 //!              │     └ Part::seal   sync, link into the lease, then to its digest
 //!              ├ check            safetensors headers and their index
 //!              └ Lease::publish   sync, rename
@@ -37,6 +38,12 @@
 //!   the bytes, and not every origin names a digest that would find that out.
 //! - Room for a fetch is a preallocated file that shrinks as files are staged: the kernel keeps the
 //!   reservation, against other processes too.
+//! - A claim in the shared tier is judged by whether its content changes while the observer's own clock runs, not by
+//!   the file system's clock: Lustre's times are its clients'. It is not stolen by a rename, which could hit a
+//!   fresh claim, but by making the claim's next turn, which only one can.
+//! - Files whose origin says nothing of their bytes are not shared: there would be only a neighbour's word.
+//! - A hung shared file system cannot be left by the process that hangs in it: its calls have a bound of their own,
+//!   in time and number, and the daemon goes on.
 //! - `refs/` holds the revision beside the snapshot, so that other file patterns find theirs.
 //! - The S3 revision leaves the version id out of the digest: an ETag tells contents apart, and asking
 //!   for versions would need one more permission. Reads name the version all the same.
