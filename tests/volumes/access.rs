@@ -76,6 +76,41 @@ async fn what_one_tenants_token_fetched_is_not_anothers() {
 }
 
 #[tokio::test]
+async fn what_lies_in_the_shared_tier_is_nobodys_without_a_right() {
+    let mut node = Node::new(HubConfig::default().token(TOKEN));
+    let gated = Repo::new("org/gated").gated(Gated::Manual).grant(TOKEN);
+    node.hub.add_repo(gated.commit("main", files(8)));
+    let tier = node.path("tier");
+    // As another node does: this one has a store of its own then.
+    let fill = node
+        .embedded(&["prefetch", GATED])
+        .env("HF_ENDPOINT", node.hub.endpoint())
+        .env("WEIGHTD_SHARED_ROOT", &tier)
+        .env("HF_TOKEN", TOKEN)
+        .output()
+        .expect("weightctl runs");
+    assert!(fill.status.success(), "{fill:?}");
+    std::fs::remove_dir_all(node.root()).expect("its store");
+    node.config = format!("[shared]\nroot = {tier:?}\n");
+    node.start().await;
+    node.hub.clear_requests();
+
+    let refused = node.publish(&Ask::model("none", GATED)).await;
+    let tenant = Ask::model("a", GATED).secret("hf-token", TOKEN);
+    node.mounts(&tenant).await;
+
+    assert_eq!(refused.expect_err("mounted").code(), Code::PermissionDenied);
+    assert_eq!(tree(&node.tree("a")), contents(8));
+    assert_eq!(node.hub.cdn_bytes_sent(), 0, "it was not copied");
+    let found = std::process::Command::new("grep")
+        .args(["-r", TOKEN])
+        .arg(tier)
+        .output();
+    let found = found.expect("grep runs");
+    assert!(found.stdout.is_empty(), "a token is in the shared tier");
+}
+
+#[tokio::test]
 async fn a_gated_model_without_a_right_is_denied_with_the_remedy() {
     let node = node().await;
     let status = node
