@@ -39,6 +39,7 @@ use crate::fault;
 use crate::source::RemoteFile;
 use crate::store::StageKey;
 
+mod buffers;
 pub mod choice;
 mod collect;
 mod fill;
@@ -51,6 +52,7 @@ mod snapshot;
 mod tests;
 mod tier;
 
+pub(crate) use buffers::Buffers;
 pub use collect::{CollectPolicy, CollectedSnapshot, SharedCollected, Why};
 pub use fill::{BadBlock, Fill, Part, SegmentView, SharedClaim, Silence, Sums, View};
 pub use import::{DamagedFile, ImportError, Imported, ImportedModel, Left};

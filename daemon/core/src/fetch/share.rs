@@ -2,7 +2,6 @@
 //! to the shared tier behind, what others won it copies from there as it lands.
 
 use std::collections::HashMap;
-use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -15,7 +14,6 @@ use self::pieces::{Piece, cut};
 use self::questions::{Answer, Looked, Questions};
 use self::upload::Upload;
 use super::parts::{Connection, Origin, PartsError, Ranged};
-use crate::blocking;
 use crate::errors::Chain;
 use crate::shared::choice::{Move, Place, Reach, Segment, Situation};
 use crate::shared::{
@@ -23,7 +21,7 @@ use crate::shared::{
     is_shareable,
 };
 use crate::source::{RemoteFile, SourceError};
-use crate::store::{Part, StageKey, StoreError};
+use crate::store::{Part, StageKey};
 
 mod copy;
 mod pieces;
@@ -652,10 +650,4 @@ impl<'a> Bringing<'a> {
         self.view.segments.fill(SegmentView::default());
         self.next_look = Instant::now();
     }
-}
-
-/// Reads a block of the local bytes on the blocking pool.
-async fn read_local(part: &Arc<Part>, range: Range<u64>) -> Result<Vec<u8>, StoreError> {
-    let part = Arc::clone(part);
-    blocking::run(move || part.read(range)).await
 }

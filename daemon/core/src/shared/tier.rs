@@ -13,7 +13,7 @@ use tokio_util::task::TaskTracker;
 
 pub use super::choice::Egress;
 use super::choice::Reach;
-use super::{Rates, SharedError, SharedLease, SharedOptions, SharedStore, lustre};
+use super::{Buffers, Rates, SharedError, SharedLease, SharedOptions, SharedStore, lustre};
 use crate::blocking;
 use crate::errors::Chain;
 use crate::metrics::Metrics;
@@ -104,6 +104,7 @@ pub struct SharedTier {
     writes: Semaphore,
     copies: Semaphore,
     rates: Rates,
+    buffers: Arc<Buffers>,
     outstanding: AtomicU64,
     copying: AtomicU64,
     /// Something changed that a file may wait for.
@@ -171,6 +172,7 @@ impl SharedTier {
             writes: Semaphore::new(WRITES),
             copies: Semaphore::new(COPIES),
             rates: Rates::default(),
+            buffers: Arc::default(),
             outstanding: AtomicU64::new(0),
             copying: AtomicU64::new(0),
             changed: Notify::new(),
@@ -217,6 +219,10 @@ impl SharedTier {
             (None, Some(_)) => Reach::ReadOnly,
             (None, None) => Reach::Full,
         }
+    }
+
+    pub(crate) fn buffers(&self) -> &Arc<Buffers> {
+        &self.buffers
     }
 
     pub(crate) fn owner(&self) -> &str {

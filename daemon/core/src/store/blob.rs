@@ -143,17 +143,13 @@ impl Part {
         state.discarded || state.closed && state.present.bytes() < self.size
     }
 
-    /// Reads bytes that are on disk. They were not verified yet.
+    /// Fills `bytes` with those on disk from byte `at` on. They were not verified yet.
     ///
     /// # Errors
     ///
     /// [`StoreError::Io`].
-    pub fn read(&self, range: Range<u64>) -> Result<Vec<u8>, StoreError> {
-        let length = usize::try_from(range.end - range.start).expect("a block fits in memory");
-        let mut bytes = vec![0; length];
-        let read = self.file.read_exact_at(&mut bytes, range.start);
-        read.at("read", &self.path)?;
-        Ok(bytes)
+    pub fn read(&self, at: u64, bytes: &mut [u8]) -> Result<(), StoreError> {
+        self.file.read_exact_at(bytes, at).at("read", &self.path)
     }
 
     /// Where the bytes that follow `from` without a hole end.

@@ -12,7 +12,7 @@ use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
 use crate::blocking;
 use crate::fetch::progress::Meter;
-use crate::shared::{BadBlock, Fill, SharedError, SharedStore, SharedTier, Sums, Trouble};
+use crate::shared::{BadBlock, Buffers, Fill, SharedError, SharedStore, SharedTier, Sums, Trouble};
 use crate::store::{Part, StoreError, is_damage};
 
 /// Why a piece was not copied.
@@ -78,9 +78,10 @@ impl Copied {
     ) -> Result<(), CopyError> {
         let file = Arc::clone(bytes);
         let (sums, range) = (Arc::clone(&self.sums), block.clone());
+        let buffers = Arc::clone(self.tier.buffers());
         let read = self
             .tier
-            .run(move |store| read(store, &file, &sums, index, range));
+            .run(move |store| read(store, &file, &buffers, &sums, index, range));
         let data = read.await?.map_err(CopyError::Bad)?;
         self.tier.rates().shared.count(data.len() as u64);
         // Before they are written: with the last of them the hasher is done, and nobody waits for us.
@@ -100,13 +101,14 @@ impl Copied {
 fn read(
     store: &SharedStore,
     file: &File,
+    buffers: &Arc<Buffers>,
     sums: &Sums,
     index: usize,
     block: Range<u64>,
 ) -> Result<Result<Bytes, BadBlock>, SharedError> {
     let bad = BadBlock { at: block.start };
     let length = usize::try_from(block.end - block.start).expect("a block fits in memory");
-    let mut data = vec![0; length];
+    let mut data = buffers.take(length);
     match file.read_exact_at(&mut data, block.start) {
         Ok(()) => {}
         Err(error) if is_damage(&error) || error.kind() == io::ErrorKind::UnexpectedEof => {
@@ -120,5 +122,6 @@ fn read(
             });
         }
     }
-    Ok(sums.check(index, block.start, &data).map(|()| data.into()))
+    let checked = sums.check(index, block.start, &data);
+    Ok(checked.map(|()| Bytes::from_owner(data)))
 }

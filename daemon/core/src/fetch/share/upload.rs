@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use super::read_local;
+use bytes::Bytes;
+
+use crate::blocking;
 use crate::errors::Chain;
 use crate::shared::{self, Fill, SharedClaim, SharedTier, Sums, Trouble};
 use crate::store::{Part, StoreError};
@@ -97,7 +99,7 @@ impl Upload {
             let bytes = block.end - block.start;
             let _place = self.tier.writes().acquire().await;
             let _under_way = self.tier.rates().written.begin();
-            let data = read_local(&self.part, block.clone()).await?;
+            let data = self.read_local(block.clone()).await?;
             sums.set(index, Sums::of(&data));
             self.write_block(&target, block.start, data).await?;
             written.fetch_add(bytes, Ordering::Relaxed);
@@ -119,14 +121,24 @@ impl Upload {
         Ok(finish.await?)
     }
 
+    async fn read_local(&self, range: Range<u64>) -> Result<Bytes, StoreError> {
+        let (part, buffers) = (Arc::clone(&self.part), Arc::clone(self.tier.buffers()));
+        let length = usize::try_from(range.end - range.start).expect("a block fits in memory");
+        blocking::run(move || {
+            let mut data = buffers.take(length);
+            part.read(range.start, &mut data)?;
+            Ok(Bytes::from_owner(data))
+        })
+        .await
+    }
+
     /// In small steps: on a slow tier that many write to, each takes its time.
     async fn write_block(
         &self,
         target: &Arc<shared::Part>,
         offset: u64,
-        data: Vec<u8>,
+        data: Bytes,
     ) -> Result<(), UploadError> {
-        let data = bytes::Bytes::from(data);
         let mut at = 0;
         while at < data.len() {
             let step = data.slice(at..(at + STEP_BYTES).min(data.len()));
