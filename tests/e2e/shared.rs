@@ -233,7 +233,8 @@ fn what_a_dead_node_had_claimed_is_taken_over() {
     }
 
     let took = begun.elapsed();
-    assert!(took >= Duration::from_secs(2), "it did not wait: {took:?}");
+    // Seven tenths of the claim timeout.
+    assert!(took >= Duration::from_secs(1), "it did not wait: {took:?}");
     cluster.tier_is_whole();
 }
 
