@@ -257,10 +257,10 @@ impl SharedStore {
     pub fn capacity(&self) -> Result<(u64, u64), SharedError> {
         let found = nix::sys::statvfs::statvfs(&self.root).at("look at", &self.root)?;
         let fragment = found.fragment_size();
-        Ok((
-            found.blocks() * fragment,
-            found.blocks_available() * fragment,
-        ))
+        // As for a user: what is kept for root alone does not count.
+        let used = (found.blocks() - found.blocks_free()) * fragment;
+        let free = found.blocks_available() * fragment;
+        Ok((used + free, free))
     }
 
     /// Writes, reads back and removes a small file: what shows that the tier can be used.

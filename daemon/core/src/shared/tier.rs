@@ -296,7 +296,12 @@ impl SharedTier {
         let fresh = |state: &State| state.answered.is_some_and(|at| at.elapsed() < FRESH);
         let known = {
             let state = self.lock();
-            (state.away.is_none() && fresh(&state)).then_some(true)
+            match state.away.as_deref() {
+                None => fresh(&state).then_some(true),
+                Some(UNSEEN) => None,
+                // It is looked at all the time, and nobody needs to wait for that.
+                Some(_) => Some(false),
+            }
         };
         if let Some(known) = known {
             return known;
