@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -98,13 +99,23 @@ impl Questions {
     /// Whether this turn of a segment is ours.
     pub(super) fn claim(&mut self, fill: &Arc<Fill>, segment: usize, turn: u32) {
         let (tier, fill) = (Arc::clone(&self.tier), Arc::clone(fill));
+        let (tell, told) = oneshot::channel();
+        // A task of its own: a claim that nobody waits for any more would hold up the other nodes.
+        self.tier.behind().spawn(async move {
+            let (owner, claimed) = (tier.owner().to_owned(), Arc::clone(&fill));
+            let claim = tier
+                .run(move |_| claimed.claim(segment, turn, &owner))
+                .await;
+            if let Err(Ok(Some(claim))) = tell.send(claim) {
+                let _ = tier.run(move |_| fill.release(&claim)).await;
+            }
+        });
         self.ask(async move {
-            let owner = tier.owner().to_owned();
-            let claim = tier.run(move |_| fill.claim(segment, turn, &owner)).await;
+            let ended = |_| Err(Trouble::Away("this process is ending".to_owned()));
             Answer::Claimed {
                 segment,
                 turn,
-                claim,
+                claim: told.await.unwrap_or_else(ended),
             }
         });
     }
