@@ -49,7 +49,7 @@ mod tier;
 
 pub use fill::{BadBlock, Fill, Part, SegmentView, SharedClaim, Silence, Sums, View};
 pub use lease::SharedLease;
-pub use rates::{Rate, Rates};
+pub use rates::{Rate, Rates, WEIGHT as RATE_WEIGHT, WINDOW as RATE_WINDOW};
 pub use snapshot::{SharedFile, SharedSnapshot};
 pub(crate) use tier::Owed;
 pub use tier::{Egress, SharedConfig, SharedTier, TierState, Trouble};

@@ -15,7 +15,9 @@ use self::upload::Upload;
 use super::parts::{Connection, Origin, PartsError, Ranged, split};
 use crate::blocking;
 use crate::errors::Chain;
-use crate::shared::choice::{Move, Place, Reach, Segment, Situation};
+use crate::shared::choice::{
+    FAILURES, LATEST_LOOK, LISTENS, LOOK, Move, Place, Reach, Segment, Situation,
+};
 use crate::shared::{
     BLOCK_BYTES, Fill, SegmentView, SharedTier, Silence, Sums, View, is_shareable,
 };
@@ -24,13 +26,6 @@ use crate::store::{Part, StageKey};
 
 mod copy;
 mod upload;
-
-/// How soon the shared tier is looked at again when something has changed there, and how late at most.
-const LOOK: Duration = Duration::from_millis(200);
-const LATEST_LOOK: Duration = Duration::from_secs(2);
-
-/// Calls for one file that may fail before it is brought without the shared tier.
-const FAILURES: u32 = 5;
 
 /// Times that damaged bytes of one file are set aside before it is brought without the shared tier.
 const SET_ASIDE: u32 = 2;
@@ -388,7 +383,7 @@ impl<'a> Bringing<'a> {
             .filter(|index| matches!(self.place(*index), Place::Theirs { silent: false }))
             .filter_map(|index| Some((index, self.view.segments[index].turn?)))
             .collect();
-        if wanted.is_empty() || self.heard.elapsed() < timeout / 10 {
+        if wanted.is_empty() || self.heard.elapsed() < timeout / LISTENS {
             return;
         }
         self.heard = Instant::now();
