@@ -32,6 +32,8 @@ fn fleet() -> Setup {
             sync: Duration::from_millis(10),
             metadata: f64::INFINITY,
         },
+        slow: 0,
+        slow_origin: 0.0,
         spread: Duration::from_millis(100),
         kill: 0,
         kill_within: Duration::from_secs(5),

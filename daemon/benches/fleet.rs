@@ -90,6 +90,12 @@ struct Options {
     /// Nodes start at random within this time
     #[arg(long, default_value = "5s", value_parser = pause)]
     spread: std::time::Duration,
+    /// Nodes to which the origin is slower
+    #[arg(long, default_value_t = 0)]
+    slow: usize,
+    /// What they get from it
+    #[arg(long, default_value = "10MB/s")]
+    slow_origin: Speed,
     /// Nodes that die
     #[arg(long, default_value_t = 0)]
     kill: usize,
@@ -171,6 +177,8 @@ impl Options {
             segment: self.segment.0,
             egress: self.policy,
             speeds,
+            slow: self.slow,
+            slow_origin: self.slow_origin.0,
             spread: self.spread,
             kill: self.kill,
             kill_within: self.kill_within.unwrap_or(fill),

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use anyhow::Result;
 use std::time::Duration;
 use weightd_core::shared::choice::{
-    BEATS, FAILURES, LATEST_LOOK, LISTENS, LOOK, Move, Reach, Situation,
+    BEATS, Egress, FAILURES, LATEST_LOOK, LISTENS, LOOK, Move, Reach, Situation,
 };
 use weightd_core::shared::{BLOCK_BYTES, SharedClaim};
 
@@ -25,6 +25,15 @@ impl World {
             self.turn(node, file)?;
         }
         Ok(())
+    }
+
+    /// It is time to look, or would be if there were something new to see.
+    pub(super) fn wake(&mut self, node: usize, index: usize) -> Result<()> {
+        let file = self.nodes[node].file(index);
+        if file.is_some_and(|file| file.quiet.is_some()) {
+            self.plan_look(node, index);
+        }
+        self.turn(node, index)
     }
 
     /// The loop of one file, until it has to wait.
@@ -185,16 +194,22 @@ impl World {
     /// Says when a file looks next.
     fn plan_look(&mut self, node: usize, index: usize) {
         let jitter = 0.75 + self.random.f64() / 2.0;
-        let now = self.now;
+        let (now, egress) = (self.now, self.setup.egress);
         let Some(file) = self.nodes[node].file(index) else {
             return;
         };
         if file.view.is_whole() {
             // It goes on looking, but for nothing: these looks are counted all at once.
-            file.next_look = f64::INFINITY;
             if file.quiet.is_none() {
                 file.quiet = Some(now);
                 self.ledger.background += idle_looks();
+            }
+            // What else it may wake up for is hunger.
+            file.pause = LATEST_LOOK;
+            file.next_look = f64::INFINITY;
+            if egress == Egress::Fastest {
+                let at = now + LATEST_LOOK.as_secs_f64() * jitter;
+                self.at(at, node, Event::Wake(index));
             }
             return;
         }
@@ -456,7 +471,8 @@ impl World {
     }
 
     pub(super) fn copied(&mut self, node: usize, id: u32) -> Result<()> {
-        let Some(Work::Copy { file, piece }) = self.end_run(node, id)? else {
+        let run = self.nodes[node].runs.of(id);
+        let Some(Work::Copy { file, piece }) = run.map(|run| run.work) else {
             return Ok(());
         };
         self.finish_piece(node, file, piece)?;
@@ -489,7 +505,6 @@ impl World {
             let segment = self.blobs[file].pieces[piece].segment;
             self.credit(node, file, segment, moved);
             if next == 0 {
-                self.end_run(node, id)?;
                 self.finish_piece(node, file, piece)?;
                 self.turn(node, file)?;
             }
@@ -497,21 +512,15 @@ impl World {
         Ok(())
     }
 
+    /// A piece is here: whatever brought it, or still tries to, ends.
     fn finish_piece(&mut self, node: usize, index: usize, piece: usize) -> Result<()> {
         self.disown(node, index, piece);
-        let Some(file) = self.nodes[node].file(index) else {
-            return Ok(());
-        };
-        let Piece {
-            copying, fetching, ..
-        } = file.pieces[piece];
-        self.abort(node, copying)?;
-        self.abort(node, fetching)?;
         let (now, hash) = (self.now, self.setup.speeds.hash);
         let blob = &self.blobs[index];
         let Some(file) = self.nodes[node].files[index].as_deref_mut() else {
             return Ok(());
         };
+        // First: the places that become free are taken at once, and not for this piece.
         file.set(blob, piece, |piece| piece.done = true);
         file.left -= 1;
         while file.pieces.get(file.front).is_some_and(|piece| piece.done) {
@@ -519,7 +528,11 @@ impl World {
             file.hashed_at = file.hashed_at.max(now) + bytes / hash;
             file.front += 1;
         }
-        Ok(())
+        let Piece {
+            copying, fetching, ..
+        } = file.pieces[piece];
+        self.abort(node, copying)?;
+        self.abort(node, fetching)
     }
 
     fn disown(&mut self, node: usize, index: usize, piece: usize) {

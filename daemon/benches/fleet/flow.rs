@@ -11,8 +11,11 @@ use std::collections::BinaryHeap;
 /// Differences below this many bytes are rounding.
 const ROUNDING: f64 = 1.0;
 
+/// What has no limit: infinities do not add up.
+const UNLIMITED: f64 = 1e14;
+
 /// What a node can take of a link.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Ceiling {
     /// Bytes per second of all its streams.
     pub(super) node: f64,
@@ -22,11 +25,18 @@ pub(super) struct Ceiling {
     pub(super) stream: f64,
 }
 
+impl Ceiling {
+    /// Bytes per second of so many streams: alone, and while another link needs its share.
+    fn of(&self, streams: usize) -> [f64; 2] {
+        let streams = (streams as f64 * self.stream).min(UNLIMITED);
+        [self.node.min(streams), self.shared.min(streams)]
+    }
+}
+
 /// One link that all nodes use.
 #[derive(Debug)]
 pub(super) struct Link {
     total: f64,
-    ceiling: Ceiling,
     classes: Vec<Class>,
     members: Vec<Member>,
     /// Until when the counts of the classes are right.
@@ -45,8 +55,9 @@ struct Class {
     ends: BinaryHeap<End>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Member {
+    ceiling: Ceiling,
     class: Option<usize>,
     shares: bool,
     streams: Vec<Stream>,
@@ -93,14 +104,31 @@ impl PartialEq for End {
 
 impl Eq for End {}
 
+impl Member {
+    fn new(ceiling: Ceiling) -> Self {
+        Self {
+            ceiling,
+            class: None,
+            shares: false,
+            streams: Vec::new(),
+            each: 0.0,
+            mark: 0.0,
+            moved: 0.0,
+            generation: 0,
+        }
+    }
+}
+
 impl Link {
-    /// A link of `total` bytes per second between `nodes` nodes.
-    pub(super) fn new(nodes: usize, total: f64, ceiling: Ceiling, most_streams: usize) -> Self {
-        let ceilings = (1..=most_streams).flat_map(|streams| {
-            let streams = streams as f64 * ceiling.stream;
-            [ceiling.node.min(streams), ceiling.shared.min(streams)]
-        });
-        let mut ceilings: Vec<f64> = ceilings.collect();
+    /// A link of `total` bytes per second between nodes, each with its ceiling.
+    pub(super) fn new(total: f64, nodes: Vec<Ceiling>, most_streams: usize) -> Self {
+        let mut kinds = nodes.clone();
+        kinds.sort_by(|a, b| a.node.total_cmp(&b.node));
+        kinds.dedup();
+        let mut ceilings: Vec<f64> = kinds
+            .iter()
+            .flat_map(|kind| (1..=most_streams).flat_map(|streams| kind.of(streams)))
+            .collect();
         ceilings.sort_by(f64::total_cmp);
         ceilings.dedup();
         let class = |ceiling| Class {
@@ -111,12 +139,9 @@ impl Link {
             ends: BinaryHeap::new(),
         };
         Self {
-            total,
-            ceiling,
+            total: total.min(UNLIMITED * nodes.len() as f64),
             classes: ceilings.into_iter().map(class).collect(),
-            members: std::iter::repeat_with(Member::default)
-                .take(nodes)
-                .collect(),
+            members: nodes.into_iter().map(Member::new).collect(),
             at: 0.0,
             changed: false,
         }
@@ -276,11 +301,8 @@ impl Link {
         let ends = member.streams.iter().map(|stream| stream.end);
         let first = ends.fold(f64::INFINITY, f64::min);
         let (count, left) = (member.streams.len() as f64, first - member.each);
-        let most = match member.shares {
-            true => self.ceiling.shared,
-            false => self.ceiling.node,
-        };
-        let ceiling = most.min(count * self.ceiling.stream);
+        let [alone, shared] = member.ceiling.of(member.streams.len());
+        let ceiling = if member.shares { shared } else { alone };
         let before = member.class.take();
         if count > 0.0 {
             let index = self

@@ -68,6 +68,9 @@ pub(crate) struct Setup {
     pub(crate) segment: u64,
     pub(crate) egress: Egress,
     pub(crate) speeds: Speeds,
+    /// So many nodes get less from the origin, and that is it.
+    pub(crate) slow: usize,
+    pub(crate) slow_origin: f64,
     /// Nodes start at random within this time.
     pub(crate) spread: Duration,
     /// Nodes that die, at random within the time given.

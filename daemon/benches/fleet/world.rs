@@ -119,6 +119,21 @@ pub(super) fn starts(setup: &Setup) -> Vec<f64> {
     (0..setup.nodes).map(|_| random.f64() * spread).collect()
 }
 
+/// What a node can take from the origin.
+pub(super) fn origin(setup: &Setup, node: usize) -> Ceiling {
+    let speeds = setup.speeds;
+    let most = match node < setup.slow {
+        true => setup.slow_origin,
+        false => speeds.node_origin,
+    };
+    let most = most.min(speeds.disk);
+    Ceiling {
+        node: most,
+        shared: most,
+        stream: speeds.connection,
+    }
+}
+
 impl World {
     pub(super) fn new(setup: Setup, root: &Path) -> Result<Self> {
         let limits = FetchLimits::default();
@@ -126,11 +141,6 @@ impl World {
         let piece = limits.part_bytes.next_multiple_of(BLOCK_BYTES);
         let blobs = make(root, setup.bytes, shards, setup.segment, piece)?;
         let from_origin = speeds.node_origin.min(speeds.disk);
-        let origin = Ceiling {
-            node: from_origin,
-            shared: from_origin,
-            stream: speeds.connection,
-        };
         let from_tier = speeds.node_tier.min(speeds.disk);
         let read = Ceiling {
             node: from_tier,
@@ -145,17 +155,18 @@ impl World {
             shared: speeds.node_tier,
             stream: speeds.stream,
         };
-        // As many again may hang.
-        let copies = NODE_COPIES * 8;
+        // As many again may hang, and more.
+        let (copies, writes) = (NODE_COPIES * 8, WRITES * 8);
+        let origin = (0..nodes).map(|node| origin(&setup, node)).collect();
         let mut world = Self {
             nodes: (0..nodes)
                 .map(|number| Node::new(number, shards, limits.connections))
                 .collect(),
             unfilled: blobs.iter().map(|blob| blob.of_segment.len()).sum(),
             blobs,
-            origin: Link::new(nodes, speeds.origin, origin, limits.connections),
-            read: Link::new(nodes, speeds.tier_read, read, copies),
-            write: Link::new(nodes, speeds.tier_write, write, WRITES * 8),
+            origin: Link::new(speeds.origin, origin, limits.connections),
+            read: Link::new(speeds.tier_read, vec![read; nodes], copies),
+            write: Link::new(speeds.tier_write, vec![write; nodes], writes),
             ledger: Ledger::default(),
             metadata_busy: 0.0,
             random: fastrand::Rng::with_seed(setup.seed ^ 0x5eed),
@@ -200,6 +211,11 @@ impl World {
                 let Some(Reverse(timed)) = self.queue.pop() else {
                     continue;
                 };
+                if matches!(timed.event, Event::Watch) {
+                    // Beside it there is always something else to come.
+                    let something = !self.queue.is_empty() || stream.is_finite();
+                    ensure!(something, "the simulation stands still");
+                }
                 self.handle(timed.node, timed.event)?;
                 continue;
             }
@@ -300,7 +316,7 @@ impl World {
                 self.kill(node);
                 Ok(())
             }
-            Event::Wake(file) => self.turn(node, file),
+            Event::Wake(file) => self.wake(node, file),
             Event::Called(file, call) => self.called(node, file, call),
             Event::Stalled(file, call) => self.stalled(node, file, call),
             Event::Opened(id) | Event::Answered(id) => {
