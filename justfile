@@ -24,6 +24,10 @@ hosts *arguments:
 bench *arguments:
     cargo bench -p weightd --bench prefetch -- {{ arguments }}
 
+# Simulate fleets that fill one shared tier together: `just bench-fleet --nodes 8,100 --policy fastest`
+bench-fleet *arguments:
+    cargo bench -p weightd --bench fleet -- {{ arguments }}
+
 # Measure how long kubelet waits for a cached model: `just bench-publish --calls 1000`
 bench-publish *arguments:
     cargo build --release -p weightd

@@ -57,7 +57,7 @@ pub use collect::{CollectPolicy, CollectedSnapshot, SharedCollected, Why};
 pub use fill::{BadBlock, Fill, Part, SegmentView, SharedClaim, Silence, Sums, View};
 pub use import::{DamagedFile, ImportError, Imported, ImportedModel, Left};
 pub use lease::SharedLease;
-pub use rates::{Rate, Rates};
+pub use rates::{Rate, Rates, WEIGHT as RATE_WEIGHT, WINDOW as RATE_WINDOW};
 pub use snapshot::{SharedFile, SharedSnapshot};
 pub use tier::{Egress, SharedConfig, SharedTier, TierState, Trouble};
 pub(crate) use tier::{KeptLease, Owed};

@@ -15,7 +15,9 @@ use self::questions::{Answer, Looked, Questions};
 use self::upload::Upload;
 use super::parts::{Connection, Origin, PartsError, Ranged};
 use crate::errors::Chain;
-use crate::shared::choice::{Move, Place, Reach, Segment, Situation};
+use crate::shared::choice::{
+    FAILURES, LATEST_LOOK, LISTENS, LOOK, Move, Place, Reach, SILENT, Segment, Situation,
+};
 use crate::shared::{
     BLOCK_BYTES, Egress, Fill, SegmentView, SharedClaim, SharedTier, Silence, Sums, View,
     is_shareable,
@@ -27,17 +29,6 @@ mod copy;
 mod pieces;
 mod questions;
 mod upload;
-
-/// How soon the shared tier is looked at again when something has changed there, and how late at most.
-const LOOK: Duration = Duration::from_millis(200);
-const LATEST_LOOK: Duration = Duration::from_secs(2);
-
-/// An owner that was silent for so much of the claim timeout is thought dead: the rest of it is for noticing, and
-/// for beginning anew.
-const SILENT: f64 = 0.7;
-
-/// Calls for one file that may fail before it is brought without the shared tier.
-const FAILURES: u32 = 5;
 
 /// Times that damaged bytes of one file are set aside before it is brought without the shared tier.
 const SET_ASIDE: u32 = 2;
@@ -435,7 +426,11 @@ impl<'a> Bringing<'a> {
     fn looked(&mut self, looked: Looked) {
         let timeout = self.tier.config().claim_timeout;
         self.pause = match looked.view == self.view {
-            true => self.pause.mul_f64(1.5).min(LATEST_LOOK).min(timeout / 10),
+            true => self
+                .pause
+                .mul_f64(1.5)
+                .min(LATEST_LOOK)
+                .min(timeout / LISTENS),
             false => LOOK,
         };
         self.view = looked.view;

@@ -1,5 +1,7 @@
 //! Which bytes a node brings next, and by which way. Nothing here knows a clock, a file or a socket, so a
-//! simulation of a thousand nodes asks the same questions.
+//! simulation of a thousand nodes asks the same questions, and is as patient.
+
+use std::time::Duration;
 
 /// How often a byte may leave its origin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -91,6 +93,36 @@ pub enum Move {
 
 /// Pieces of one file that are copied at a time.
 pub const COPIES: usize = 8;
+
+/// Pieces that a node copies at once, of all files together.
+pub const NODE_COPIES: usize = 12;
+
+/// Blocks that a node writes to the shared tier at once: each takes its bytes of memory.
+pub const WRITES: usize = 4;
+
+/// Bytes that are written to the shared tier before they are synced.
+pub const SYNC_BYTES: u64 = 64 << 20;
+
+/// How soon the shared tier is looked at again when something has changed there, and how late at most.
+pub const LOOK: Duration = Duration::from_millis(200);
+/// See [`LOOK`].
+pub const LATEST_LOOK: Duration = Duration::from_secs(2);
+
+/// How often a writer looks for bytes that have come.
+pub const WRITER_LOOK: Duration = Duration::from_millis(25);
+
+/// How often a claim's content changes within the time after which its owner is thought dead…
+pub const BEATS: u32 = 5;
+
+/// …and how often those who wait for it look, at most.
+pub const LISTENS: u32 = 10;
+
+/// Calls for one file that may fail before it is brought without the shared tier.
+pub const FAILURES: u32 = 5;
+
+/// An owner that was silent for so much of the claim timeout is thought dead: the rest of it is for noticing, and
+/// for beginning anew.
+pub const SILENT: f64 = 0.7;
 
 /// Pieces that are copied at a time as long as the rate of the shared tier is not known.
 const FIRST_COPIES: u64 = 2;

@@ -6,10 +6,10 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// A rate is renewed once so much time was measured.
-const WINDOW: Duration = Duration::from_millis(500);
+pub const WINDOW: Duration = Duration::from_millis(500);
 
 /// How much the newest window counts.
-const WEIGHT: f64 = 0.4;
+pub const WEIGHT: f64 = 0.4;
 
 /// The rates of one process.
 #[derive(Debug, Default)]

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use super::choice::Egress;
-use super::choice::Reach;
+use super::choice::{BEATS, NODE_COPIES, Reach, WRITES};
 use super::{Buffers, Rates, SharedError, SharedLease, SharedOptions, SharedStore, lustre};
 use crate::blocking;
 use crate::errors::Chain;
@@ -75,12 +75,6 @@ const UNSEEN: &str = "it was not looked at yet";
 
 /// Calls at once. Those that hang hold a thread each: the rest of the blocking pool stays free.
 const CALLS: usize = 24;
-
-/// Blocks written at once: each takes its bytes of memory.
-const WRITES: usize = 4;
-
-/// Pieces copied at once, of all files together.
-const COPIES: usize = 12;
 
 /// Pauses between looks at a tier that is left out.
 const PAUSE: Duration = Duration::from_secs(2);
@@ -170,7 +164,7 @@ impl SharedTier {
             }),
             calls: Arc::new(Semaphore::new(CALLS)),
             writes: Semaphore::new(WRITES),
-            copies: Semaphore::new(COPIES),
+            copies: Semaphore::new(NODE_COPIES),
             rates: Rates::default(),
             buffers: Arc::default(),
             outstanding: AtomicU64::new(0),
@@ -532,7 +526,7 @@ impl SharedTier {
 
     async fn keep_up(self: Arc<Self>, lease: SharedLease, end: CancellationToken) {
         let lease = Arc::new(lease);
-        let mut beats = tokio::time::interval(self.config.claim_timeout / 5);
+        let mut beats = tokio::time::interval(self.config.claim_timeout / BEATS);
         let mut beat = 0;
         loop {
             tokio::select! {

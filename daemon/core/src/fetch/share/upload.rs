@@ -3,26 +3,20 @@
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
 
 use bytes::Bytes;
 
 use crate::blocking;
 use crate::errors::Chain;
+use crate::shared::choice::{BEATS, SYNC_BYTES, WRITER_LOOK};
 use crate::shared::{self, Fill, SharedClaim, SharedTier, Sums, Trouble};
 use crate::store::{Part, StoreError};
-
-/// How often a writer looks for bytes that have come.
-const LOOK: Duration = Duration::from_millis(25);
 
 /// How much longer a sync may take than another call: it waits for all that was written.
 const SYNC: u32 = 6;
 
 /// Bytes that one call writes.
 const STEP_BYTES: usize = 1 << 20;
-
-/// Bytes that are written before they are synced.
-const SYNC_BYTES: u64 = 64 << 20;
 
 /// Why a segment was not written.
 #[derive(Debug, thiserror::Error)]
@@ -92,7 +86,7 @@ impl Upload {
                 if self.part.is_given_up() {
                     return Err(UploadError::GivenUp);
                 }
-                tokio::time::sleep(LOOK).await;
+                tokio::time::sleep(WRITER_LOOK).await;
                 continue;
             };
             let (index, block) = blocks.remove(next);
@@ -153,7 +147,7 @@ impl Upload {
     /// Shows the others that the work goes on, as long as it does.
     async fn keep_claim(&self, written: &AtomicU64) -> std::convert::Infallible {
         let range = self.fill.range(self.segment);
-        let mut beats = tokio::time::interval(self.tier.config().claim_timeout / 5);
+        let mut beats = tokio::time::interval(self.tier.config().claim_timeout / BEATS);
         let mut shown = 0;
         loop {
             beats.tick().await;
