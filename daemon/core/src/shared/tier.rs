@@ -128,6 +128,8 @@ struct State {
     away: Option<String>,
     /// Why it is not written to.
     read_only: Option<String>,
+    /// And since when.
+    away_since: Instant,
     /// However well it looks before.
     read_only_until: Option<Instant>,
     answered: Option<Instant>,
@@ -166,6 +168,7 @@ impl SharedTier {
                 away: Some(UNSEEN.to_owned()),
                 read_only: None,
                 read_only_until: None,
+                away_since: Instant::now(),
                 answered: None,
                 layout_set: false,
             }),
@@ -295,12 +298,15 @@ impl SharedTier {
     /// Whether it answers, after a look if the last one is old: at most one stall timeout.
     pub async fn answers(&self) -> bool {
         let fresh = |state: &State| state.answered.is_some_and(|at| at.elapsed() < FRESH);
-        let known = {
+        {
             let state = self.lock();
-            (state.away.is_none() && fresh(&state)).then_some(true)
-        };
-        if let Some(known) = known {
-            return known;
+            if state.away.is_none() && fresh(&state) {
+                return true;
+            }
+            // The prober has had its time, and tells when it is back: not every file waits for that anew.
+            if state.away.is_some() && state.away_since.elapsed() >= self.config.stall_timeout {
+                return false;
+            }
         }
         // Before the wake-up: the answer may come at once.
         let looked = self.looked.notified();
@@ -403,6 +409,7 @@ impl SharedTier {
         self.changed.notify_waiters();
     }
 
+            state.away_since = Instant::now();
     /// Looks whether the tier can be used, when somebody doubts it and as long as it cannot.
     async fn keep_watch(self: Arc<Self>) {
         loop {
@@ -508,6 +515,9 @@ impl SharedTier {
             Some(Ok(())) => {}
             Some(Err(error)) => {
                 tracing::warn!(error = %Chain(&error), "stripe layout of the shared tier not set");
+        if state.away.is_none() {
+            state.away_since = Instant::now();
+        }
             }
             None => tracing::warn!("stripe layout of the shared tier not set in time"),
         }
