@@ -106,6 +106,8 @@ pub struct SharedTier {
     rates: Rates,
     outstanding: AtomicU64,
     copying: AtomicU64,
+    /// Bytes written by this process.
+    wrote: AtomicU64,
     /// One file at a time claims: else all would claim for the same hunger.
     turn: tokio::sync::Mutex<()>,
     /// Something changed that a file may wait for.
@@ -126,10 +128,10 @@ struct State {
     store: Option<Arc<SharedStore>>,
     /// Why it is left out.
     away: Option<String>,
-    /// Why it is not written to.
-    read_only: Option<String>,
     /// And since when.
     away_since: Instant,
+    /// Why it is not written to.
+    read_only: Option<String>,
     /// However well it looks before.
     read_only_until: Option<Instant>,
     answered: Option<Instant>,
@@ -166,9 +168,9 @@ impl SharedTier {
             state: Mutex::new(State {
                 store: None,
                 away: Some(UNSEEN.to_owned()),
+                away_since: Instant::now(),
                 read_only: None,
                 read_only_until: None,
-                away_since: Instant::now(),
                 answered: None,
                 layout_set: false,
             }),
@@ -178,6 +180,7 @@ impl SharedTier {
             rates: Rates::default(),
             outstanding: AtomicU64::new(0),
             copying: AtomicU64::new(0),
+            wrote: AtomicU64::new(0),
             turn: tokio::sync::Mutex::default(),
             changed: Notify::new(),
             suspicion: Notify::new(),
@@ -265,6 +268,15 @@ impl SharedTier {
     /// Bytes that are being copied.
     pub(crate) fn copying(&self) -> u64 {
         self.copying.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that this process has written.
+    pub(crate) fn wrote(&self) -> u64 {
+        self.wrote.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn count_written(&self, bytes: u64) {
+        self.wrote.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// Counts bytes that are to be fetched from an origin.
@@ -397,6 +409,7 @@ impl SharedTier {
         if state.away.is_none() {
             tracing::warn!(why, "shared tier left out");
             self.metrics.shared_failed("away");
+            state.away_since = Instant::now();
         }
         state.away = Some(why);
         drop(state);
@@ -409,7 +422,6 @@ impl SharedTier {
         self.changed.notify_waiters();
     }
 
-            state.away_since = Instant::now();
     /// Looks whether the tier can be used, when somebody doubts it and as long as it cannot.
     async fn keep_watch(self: Arc<Self>) {
         loop {
@@ -503,6 +515,9 @@ impl SharedTier {
             tracing::warn!(why, "shared tier left out");
             self.metrics.shared_failed("away");
         }
+        if state.away.is_none() {
+            state.away_since = Instant::now();
+        }
         state.away = Some(why);
         drop(state);
         self.show();
@@ -515,9 +530,6 @@ impl SharedTier {
             Some(Ok(())) => {}
             Some(Err(error)) => {
                 tracing::warn!(error = %Chain(&error), "stripe layout of the shared tier not set");
-        if state.away.is_none() {
-            state.away_since = Instant::now();
-        }
             }
             None => tracing::warn!("stripe layout of the shared tier not set in time"),
         }

@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -45,6 +46,8 @@ pub struct Part {
     resumed: Vec<Record>,
     state: Mutex<State>,
     grown: Condvar,
+    /// Bytes that came from the origin, also those that are not written yet.
+    arrived: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -134,6 +137,17 @@ impl Part {
             end.saturating_sub(start)
         });
         (range.end - range.start) - lacking.sum::<u64>()
+    }
+
+    /// Counts bytes that came from the origin.
+    pub fn count_arrived(&self, bytes: u64) {
+        self.arrived.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes that came from the origin, also those that are not written yet.
+    #[must_use]
+    pub fn arrived(&self) -> u64 {
+        self.arrived.load(Ordering::Relaxed)
     }
 
     /// Whether what is missing will not come any more, or what is here is not to be used.
@@ -542,6 +556,7 @@ mod tests {
             resumed,
             state: Mutex::new(state),
             grown: Condvar::new(),
+            arrived: AtomicU64::new(0),
         }
     }
 

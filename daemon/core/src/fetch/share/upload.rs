@@ -2,10 +2,10 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use super::read_local;
+use crate::blocking;
 use crate::errors::Chain;
 use crate::shared::{self, Fill, SharedClaim, SharedTier, Sums, Trouble};
 use crate::store::{Part, StoreError};
@@ -47,10 +47,9 @@ pub(super) struct Upload {
 
 impl Upload {
     pub(super) async fn run(self) {
-        let written = AtomicU64::new(0);
         let outcome = tokio::select! {
-            outcome = self.write(&written) => outcome,
-            never = self.keep_claim(&written) => match never {},
+            outcome = self.write() => outcome,
+            never = self.keep_claim() => match never {},
             () = self.tier.stopped().cancelled() => Err(UploadError::Stopped),
         };
         let segment = self.segment;
@@ -75,7 +74,7 @@ impl Upload {
         self.tier.changed().notify_waiters();
     }
 
-    async fn write(&self, written: &AtomicU64) -> Result<(), UploadError> {
+    async fn write(&self) -> Result<(), UploadError> {
         let fill = Arc::clone(&self.fill);
         let target = Arc::new(self.tier.run(move |_| fill.part()).await?);
         let mut blocks: Vec<(usize, Range<u64>)> =
@@ -100,7 +99,6 @@ impl Upload {
             let data = read_local(&self.part, block.clone()).await?;
             sums.set(index, Sums::of(&data));
             self.write_block(&target, block.start, data).await?;
-            written.fetch_add(bytes, Ordering::Relaxed);
             self.tier.rates().written.count(bytes);
             self.tier.metrics().shared_written(bytes);
             unsynced += bytes;
@@ -132,28 +130,38 @@ impl Upload {
             let step = data.slice(at..(at + STEP_BYTES).min(data.len()));
             let (file, offset) = (Arc::clone(target), offset + at as u64);
             at += step.len();
+            let bytes = step.len() as u64;
             let write = self.tier.run(move |_| file.write(offset, &step));
             write.await?;
+            self.tier.count_written(bytes);
         }
         Ok(())
     }
 
     /// Shows the others that the work goes on, as long as it does.
-    async fn keep_claim(&self, written: &AtomicU64) -> std::convert::Infallible {
+    ///
+    /// What counts is whether this process gets on with what the segment waits for: on a slow origin it takes
+    /// long until a block is whole, and on a slow tier until it is a segment's turn to be written.
+    async fn keep_claim(&self) -> std::convert::Infallible {
         let range = self.fill.range(self.segment);
         let mut beats = tokio::time::interval(self.tier.config().claim_timeout / 5);
-        let mut shown = 0;
+        let (mut shown, mut beat) = ((0, 0), 0);
         loop {
             beats.tick().await;
-            let progress = self.part.present_in(&range) + written.load(Ordering::Relaxed);
+            let present = self.part.present_in(&range);
+            let progress = match present < range.end - range.start {
+                true => (present, self.part.arrived()),
+                false => (present, self.tier.wrote()),
+            };
             if progress == shown {
                 continue;
             }
             shown = progress;
+            beat += 1;
             let fill = Arc::clone(&self.fill);
             let claim = self.claim.clone();
-            let beat = self.tier.run(move |_| fill.beat(&claim, progress)).await;
-            if let Err(error) = beat {
+            let beaten = self.tier.run(move |_| fill.beat(&claim, beat)).await;
+            if let Err(error) = beaten {
                 tracing::debug!(error = %Chain(&error), "claim not kept up");
             }
         }
@@ -224,4 +232,10 @@ impl Rest {
         });
         claimed.await.ok().flatten()
     }
+}
+
+/// Reads a block of the local bytes on the blocking pool.
+async fn read_local(part: &Arc<Part>, range: Range<u64>) -> Result<Vec<u8>, StoreError> {
+    let part = Arc::clone(part);
+    blocking::run(move || part.read(range)).await
 }
