@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::set_aside;
+use crate::errors::Chain;
 use crate::shared::{Fill, SharedClaim, SharedTier, Sums, Trouble, View};
 use crate::store::StageKey;
 
@@ -22,8 +22,11 @@ pub(super) enum Answer {
         segment: usize,
         sums: Result<Option<Sums>, Trouble>,
     },
-    /// Another directory has the blob's name; `None` if it could not be had.
-    Replaced(Option<Arc<Fill>>),
+    /// What has the blob's name now.
+    Replaced {
+        damaged: bool,
+        opened: Result<Arc<Fill>, Trouble>,
+    },
 }
 
 /// What is in a blob's directory.
@@ -125,8 +128,30 @@ impl Questions {
             if damaged {
                 set_aside(&tier, &fill, &key).await;
             }
-            let opened = tier.run(move |store| store.fill(&key, size)).await;
-            Answer::Replaced(opened.ok().map(Arc::new))
+            let opened = tier.run(move |store| {
+                // It may be there all the same: then what was claimed there still is.
+                if !damaged && fill.is_named().unwrap_or(false) {
+                    return Ok(fill);
+                }
+                store.fill(&key, size).map(Arc::new)
+            });
+            let opened = opened.await;
+            Answer::Replaced { damaged, opened }
         });
+    }
+}
+
+/// Takes the name of a blob away from a directory that holds damage.
+pub(super) async fn set_aside(tier: &SharedTier, fill: &Arc<Fill>, key: &StageKey) {
+    let fill = Arc::clone(fill);
+    match tier.run(move |_| fill.set_aside()).await {
+        Ok(true) => {
+            tracing::warn!(%key, "damaged blob in the shared tier set aside");
+            tier.metrics().shared_failed("damaged");
+        }
+        Ok(false) => {}
+        Err(error) => {
+            tracing::warn!(%key, error = %Chain(&error), "damaged blob in the shared tier not set aside");
+        }
     }
 }
