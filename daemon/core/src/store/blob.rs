@@ -157,12 +157,22 @@ impl Part {
         state.discarded || state.closed && state.present.bytes() < self.size
     }
 
-    /// Reads bytes that are on disk. They were not verified yet.
+    /// Reads bytes that are on disk. They were not verified yet, but are what was written.
     ///
     /// # Errors
     ///
-    /// [`StoreError::Io`].
+    /// [`StoreError::Io`], also if the disk lost what an earlier process wrote there.
     pub fn read(&self, range: Range<u64>) -> Result<Vec<u8>, StoreError> {
+        let inside =
+            |record: &&Record| record.range.start < range.end && range.start < record.range.end;
+        for record in self.resumed.iter().filter(inside) {
+            let bytes = record.range.end - record.range.start;
+            let mut block = vec![0; usize::try_from(bytes).expect("a block fits in memory")];
+            if !self.holds(record, &mut block)? {
+                let torn = io::Error::from(io::ErrorKind::InvalidData);
+                return Err(torn).at("believe", &self.path);
+            }
+        }
         let length = usize::try_from(range.end - range.start).expect("a block fits in memory");
         let mut bytes = vec![0; length];
         let read = self.file.read_exact_at(&mut bytes, range.start);
@@ -354,6 +364,7 @@ impl Part {
         buffer.resize(length.max(HASH_BYTES), 0);
         let block = &mut buffer[..length];
         if !self.holds(record, block)? {
+            self.state().discarded = true;
             return Err(HashError::Torn {
                 bytes: self.strike_torn_off()?,
             });
@@ -596,6 +607,33 @@ mod tests {
             "{hashed:?}"
         );
         assert!(part.state().closed, "writers go on");
+    }
+
+    #[test]
+    fn what_the_disk_lost_is_not_handed_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.part");
+        fs::write(&path, [1; 10]).unwrap();
+        let sound = Record {
+            range: 0..5,
+            crc: checksum([&[1; 5][..]]),
+        };
+        let torn = Record {
+            range: 5..10,
+            crc: 7,
+        };
+        let part = part(
+            path.clone(),
+            File::open(&path).unwrap(),
+            10,
+            vec![sound, torn],
+        );
+
+        assert_eq!(part.read(0..5).unwrap(), [1; 5]);
+        assert!(part.read(4..6).is_err());
+        assert!(!part.is_given_up());
+        assert!(part.hash(Verifier::new(10, Claims::default())).is_err());
+        assert!(part.is_given_up());
     }
 
     #[test]
