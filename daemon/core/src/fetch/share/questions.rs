@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -102,8 +103,7 @@ impl Questions {
     pub(super) fn claim(&mut self, fill: &Arc<Fill>, segment: usize, turn: u32) {
         let (tier, fill) = (Arc::clone(&self.tier), Arc::clone(fill));
         self.ask(async move {
-            let owner = tier.owner().to_owned();
-            let claim = tier.run(move |_| fill.claim(segment, turn, &owner)).await;
+            let claim = claim(&tier, &fill, segment, turn).await;
             Answer::Claimed {
                 segment,
                 turn,
@@ -139,6 +139,27 @@ impl Questions {
             Answer::Replaced { damaged, opened }
         });
     }
+}
+
+/// Claims a turn of a segment. If nobody waits for the answer any more the claim is let go: it was made late, or
+/// the file is here by now.
+pub(super) async fn claim(
+    tier: &SharedTier,
+    fill: &Arc<Fill>,
+    segment: usize,
+    turn: u32,
+) -> Result<Option<SharedClaim>, Trouble> {
+    let (fill, owner) = (Arc::clone(fill), tier.owner().to_owned());
+    let (sender, receiver) = oneshot::channel();
+    let claimed = tier.run(move |_| {
+        let claim = fill.claim(segment, turn, &owner)?;
+        match sender.send(claim) {
+            Err(Some(unread)) => fill.release(&unread),
+            Ok(()) | Err(None) => Ok(()),
+        }
+    });
+    claimed.await?;
+    Ok(receiver.await.ok().flatten())
 }
 
 /// Takes the name of a blob away from a directory that holds damage.

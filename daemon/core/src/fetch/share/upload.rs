@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use super::questions::claim;
 use crate::blocking;
 use crate::errors::Chain;
-use crate::shared::{self, Fill, SharedClaim, SharedTier, Sums, Trouble};
+use crate::shared::{self, Fill, SegmentView, SharedClaim, SharedTier, Sums, Trouble};
 use crate::store::{Part, StoreError};
 
 /// How often a writer looks for bytes that have come.
@@ -50,6 +51,7 @@ impl Upload {
         let outcome = tokio::select! {
             outcome = self.write() => outcome,
             never = self.keep_claim() => match never {},
+            () = self.given_up() => Err(UploadError::GivenUp),
             () = self.tier.stopped().cancelled() => Err(UploadError::Stopped),
         };
         let segment = self.segment;
@@ -64,6 +66,8 @@ impl Upload {
             }
         }
         let (fill, claim) = (Arc::clone(&self.fill), self.claim);
+        // Whoever tries again needs the local bytes, however long this takes.
+        drop(self.part);
         let released = self.tier.run(move |_| fill.release(&claim)).await;
         if let Err(error) = released {
             tracing::debug!(segment, error = %Chain(&error), "claim not removed");
@@ -72,6 +76,12 @@ impl Upload {
             seal(&self.tier, &self.fill).await;
         }
         self.tier.changed().notify_waiters();
+    }
+
+    async fn given_up(&self) {
+        while !self.part.is_given_up() {
+            tokio::time::sleep(4 * LOOK).await;
+        }
     }
 
     async fn write(&self) -> Result<(), UploadError> {
@@ -216,21 +226,17 @@ impl Rest {
     }
 
     async fn claim_next(&self) -> Option<(usize, SharedClaim)> {
-        let (fill, owner) = (Arc::clone(&self.fill), self.tier.owner().to_owned());
-        let claimed = self.tier.run(move |_| {
-            let view = fill.look()?;
-            // Whoever could not write all of it has said so.
-            for (index, segment) in view.segments.iter().enumerate() {
-                if !segment.here
-                    && segment.turn.is_none()
-                    && let Some(claim) = fill.claim(index, 0, &owner)?
-                {
-                    return Ok(Some((index, claim)));
-                }
+        let fill = Arc::clone(&self.fill);
+        let view = self.tier.run(move |_| fill.look()).await.ok()?;
+        // Whoever could not write all of it has said so.
+        let open = |(_, segment): &(usize, SegmentView)| !segment.here && segment.turn.is_none();
+        for (index, _) in view.segments.into_iter().enumerate().filter(open) {
+            let claimed = claim(&self.tier, &self.fill, index, 0).await.ok()?;
+            if let Some(claim) = claimed {
+                return Some((index, claim));
             }
-            Ok(None)
-        });
-        claimed.await.ok().flatten()
+        }
+        None
     }
 }
 
