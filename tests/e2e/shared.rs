@@ -508,3 +508,29 @@ fn an_owner_whose_origin_is_slow_is_not_silent() {
     cluster.right(&first.finish());
     assert_eq!(cluster.hub.cdn_bytes_sent(), MIB);
 }
+
+#[test]
+fn damage_all_over_a_file_is_brought_again_by_all_together() {
+    let cluster = Cluster::with(Model::new(0, 1..=1, 12 * MIB));
+    cluster.prefetch(0);
+    (0..12).for_each(|segment| cluster.flip_a_byte(0, segment * MIB + 7));
+    cluster.hub.clear_requests();
+    cluster.slow(4 * MIB);
+
+    let nodes = [1, 2, 3, 4].map(|node| cluster.start(node));
+    for node in nodes {
+        cluster.right(&node.finish());
+    }
+
+    let sent = cluster.hub.cdn_bytes_sent();
+    assert!(sent <= 13 * MIB, "{sent} bytes left the origin");
+    assert_eq!(
+        cluster
+            .left(".aside.")
+            .iter()
+            .filter(|path| path.ends_with("blob"))
+            .count(),
+        1
+    );
+    cluster.tier_is_whole();
+}
