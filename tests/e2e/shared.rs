@@ -10,7 +10,7 @@ use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 use serde_json::Value;
 use weightd_core::digest::Digest;
-use weightd_core::shared::{BLOCK_BYTES, SharedStore};
+use weightd_core::shared::{BLOCK_BYTES, SharedOptions, SharedStore};
 use weightd_core::store::StageKey;
 use weightd_standin::{Fault, FaultKind, Hub, Origin};
 
@@ -431,4 +431,107 @@ fn a_daemon_takes_the_tier_into_use_when_it_comes() {
 fn blocks_are_small_enough_to_be_moved_within_a_stall_timeout() {
     // At 1 MB/s for one node, which is a crowd on a small Lustre.
     const { assert!(BLOCK_BYTES <= 5_000_000) };
+}
+
+#[test]
+fn a_blobs_directory_that_is_removed_holds_up_nobody() {
+    let cluster = Cluster::with(Model::new(0, 1..=1, 3 * MIB));
+    let options = SharedOptions {
+        segment_bytes: Some(MIB),
+        file_system: None,
+    };
+    let store = SharedStore::open(&cluster.tier(), &options).unwrap();
+    let bytes = cluster.model.shards.values().next().expect("a shard");
+    let key = StageKey::of_digest(Digest::of(bytes));
+    let fill = store.fill(&key, bytes.len() as u64).unwrap();
+    // A node that is alive and works on all of it.
+    let claims = [0, 1, 2].map(|segment| fill.claim(segment, 0, "one").unwrap().unwrap());
+    let mut waiting = cluster.start(1);
+    for beat in 1..10 {
+        claims
+            .iter()
+            .for_each(|claim| fill.beat(claim, beat).unwrap());
+        std::thread::sleep(Duration::from_millis(300));
+    }
+    assert!(!waiting.ended(), "it did not wait");
+
+    fs::remove_dir_all(cluster.blob(0)).unwrap();
+
+    let begun = Instant::now();
+    wait_until("it goes on", || waiting.ended());
+    assert!(begun.elapsed() < Duration::from_secs(8));
+    cluster.right(&waiting.finish());
+    cluster.tier_is_whole();
+}
+
+#[test]
+fn a_tier_that_hangs_is_waited_for_once_and_not_for_each_file() {
+    let cluster = Cluster::with(Model::new(0, 1..=120, 64 << 10));
+    fs::create_dir(cluster.tier()).unwrap();
+    mkfifo(&cluster.tier().join("FORMAT"), Mode::S_IRWXU).unwrap();
+
+    let begun = Instant::now();
+    cluster.prefetch(0);
+
+    let took = begun.elapsed();
+    assert!(took < Duration::from_secs(14), "{took:?}");
+}
+
+#[test]
+fn a_tier_that_can_only_be_read_is_looked_at_before_the_origin_is_asked() {
+    let cluster = Cluster::new();
+    let mut first = cluster.command(0, &["prefetch", MODEL]);
+    cluster.right(&run(first.env("WEIGHTD_SHARED_SEGMENT", "4MiB")));
+    // No segment of such a size fits: nothing more is written.
+    let path = cluster.tier().join("FORMAT");
+    let format = fs::read_to_string(&path).unwrap();
+    let segment = format!("segment = {}", 64_u64 << 30);
+    fs::write(&path, format.replace("segment = 4194304", &segment)).unwrap();
+    cluster.hub.clear_requests();
+
+    let second = cluster.prefetch(1);
+
+    assert_eq!(number(&second, "bytes_fetched"), 0, "{second}");
+}
+
+#[test]
+fn an_owner_whose_origin_is_slow_is_not_silent() {
+    let cluster = Cluster::with(Model::new(0, 1..=1, MIB));
+    // Less than a block within a claim timeout.
+    cluster.slow(MIB / 6);
+    let first = cluster.start(0);
+    wait_until("it has claimed it", || {
+        cluster.tier().exists() && !cluster.left("0.0.claim").is_empty()
+    });
+
+    cluster.prefetch(1);
+
+    cluster.right(&first.finish());
+    assert_eq!(cluster.hub.cdn_bytes_sent(), MIB);
+}
+
+#[test]
+fn damage_all_over_a_file_is_brought_again_by_all_together() {
+    let cluster = Cluster::with(Model::new(0, 1..=1, 12 * MIB));
+    cluster.prefetch(0);
+    (0..12).for_each(|segment| cluster.flip_a_byte(0, segment * MIB + 7));
+    cluster.hub.clear_requests();
+    cluster.slow(4 * MIB);
+
+    let nodes = [1, 2, 3, 4].map(|node| cluster.start(node));
+    for node in nodes {
+        cluster.right(&node.finish());
+    }
+
+    let sent = cluster.hub.cdn_bytes_sent();
+    assert!(sent <= 13 * MIB, "{sent} bytes left the origin");
+    assert_eq!(
+        cluster
+            .left(".aside.")
+            .iter()
+            .filter(|path| path.ends_with("blob"))
+            .count(),
+        1
+    );
+    cluster.tier_is_whole();
 }

@@ -31,7 +31,7 @@
 //! 6. Any call may fail or hang, for the file system is far away: [`SharedTier`] is the only door, and bounds it.
 
 use std::fs::{self, DirBuilder, File};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -64,6 +64,9 @@ pub(crate) use tier::{KeptLease, Owed};
 
 /// The version of the layout that this code reads and writes.
 pub const FORMAT: u32 = 1;
+
+/// The most that is read of `FORMAT`.
+const FORMAT_BYTES: u64 = 64 << 10;
 
 /// Bytes of a segment unless the store was made with others: 256 MiB.
 pub const SEGMENT_BYTES: u64 = 256 << 20;
@@ -321,11 +324,13 @@ fn make_dir(path: &Path) -> Result<(), SharedError> {
 /// The store's id and the bytes of its segments; `None` if there is no store yet.
 fn read_format(root: &Path) -> Result<Option<(String, u64)>, SharedError> {
     let path = root.join("FORMAT");
-    let text = match fs::read_to_string(&path) {
-        Ok(text) => text,
+    let mut text = String::new();
+    let read = File::open(&path).and_then(|file| file.take(FORMAT_BYTES).read_to_string(&mut text));
+    match read {
+        Ok(_) => {}
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error).at("read", &path),
-    };
+    }
     let not_a_store = || SharedError::NotAStore {
         path: root.to_owned(),
     };

@@ -328,6 +328,7 @@ impl Ranged {
                 None => break Err(Ended::Cut),
             };
             self.origin.count(bytes.len() as u64);
+            self.part.count_arrived(bytes.len() as u64);
             let gait = runner.count(bytes.len() as u64);
             let dropped = skip.min(bytes.len() as u64);
             skip -= dropped;

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use self::copy::{Copied, CopyError};
 use self::pieces::{Piece, cut};
-use self::questions::{Answer, Looked, Questions};
+use self::questions::{Answer, Looked, Questions, set_aside};
 use self::upload::Upload;
 use super::parts::{Connection, Origin, PartsError, Ranged};
 use crate::errors::Chain;
@@ -19,7 +19,7 @@ use crate::shared::choice::{
     FAILURES, LATEST_LOOK, LISTENS, LOOK, Move, Place, Reach, SILENT, Segment, Situation,
 };
 use crate::shared::{
-    BLOCK_BYTES, Egress, Fill, SegmentView, SharedClaim, SharedTier, Silence, Sums, View,
+    BLOCK_BYTES, Egress, Fill, SegmentView, SharedClaim, SharedTier, Silence, Sums, Trouble, View,
     is_shareable,
 };
 use crate::source::{RemoteFile, SourceError};
@@ -118,25 +118,11 @@ impl Share {
     }
 }
 
-/// Takes the name of a blob away from a directory that holds damage.
-async fn set_aside(tier: &SharedTier, fill: &Arc<Fill>, key: &StageKey) {
-    let fill = Arc::clone(fill);
-    match tier.run(move |_| fill.set_aside()).await {
-        Ok(true) => {
-            tracing::warn!(%key, "damaged blob in the shared tier set aside");
-            tier.metrics().shared_failed("damaged");
-        }
-        Ok(false) => {}
-        Err(error) => {
-            tracing::warn!(%key, error = %Chain(&error), "damaged blob in the shared tier not set aside");
-        }
-    }
-}
-
 /// How a piece ended.
 enum Ended {
     Fetched(Result<(), PartsError>),
-    Copied(Result<(), CopyError>),
+    /// From this directory.
+    Copied(Arc<Fill>, Result<(), CopyError>),
 }
 
 /// One file on its way.
@@ -153,6 +139,8 @@ struct Bringing<'a> {
     fetching: usize,
     questions: Questions,
     view: View,
+    /// It was looked at what is there.
+    seen: bool,
     next_look: Instant,
     pause: Duration,
     clock: Instant,
@@ -166,8 +154,12 @@ struct Bringing<'a> {
     mine: HashMap<usize, u32>,
     sums: HashMap<usize, Arc<Sums>>,
     failures: u32,
+    /// When the tier was last left out in the middle of it.
+    stalled_at: Option<Instant>,
     /// The directory is to be replaced; true if it holds damage.
     replace: Option<bool>,
+    /// It holds damage, and nothing is to be copied from there any more.
+    replacing: bool,
     set_aside: u32,
     /// The origin is left to the others until then.
     left_until: Option<Instant>,
@@ -203,6 +195,7 @@ impl<'a> Bringing<'a> {
                 segments: vec![SegmentView::default(); fill.segments()],
             },
             fill,
+            seen: false,
             next_look: now,
             pause: LOOK,
             clock: now,
@@ -213,7 +206,9 @@ impl<'a> Bringing<'a> {
             mine: HashMap::new(),
             sums: HashMap::new(),
             failures: 0,
+            stalled_at: None,
             replace: None,
+            replacing: false,
             set_aside: 0,
             left_until: None,
             tries_of_origin: 0,
@@ -310,7 +305,9 @@ impl<'a> Bringing<'a> {
         let chosen = situation.next();
         let of_origin = matches!(chosen, Move::Claim(_) | Move::Fetch(_) | Move::Race(_));
         let asked = matches!(chosen, Move::Claim(_)) && self.questions.is_pending();
-        match asked || of_origin && self.is_left_to_others() {
+        // What can only be read may hold it all.
+        let unseen = !self.seen && situation.reach == Reach::ReadOnly && !self.is_impatient();
+        match asked || unseen || of_origin && self.is_left_to_others() {
             true => Move::Wait,
             false => chosen,
         }
@@ -352,7 +349,9 @@ impl<'a> Bringing<'a> {
         if self.questions.is_pending() {
             return;
         }
-        if let Some(damaged) = self.replace.take() {
+        let replace = self.replace.filter(|_| self.tier.reach() != Reach::Away);
+        if let Some(damaged) = replace {
+            self.replace = None;
             let (key, size) = (self.share.key.clone(), self.share.size);
             self.questions.replace(&self.fill, key, size, damaged);
         } else if Instant::now() >= self.next_look {
@@ -386,6 +385,11 @@ impl<'a> Bringing<'a> {
                 tracing::debug!(path = %self.file.path, error = %Chain(&error), "shared tier not looked at");
                 self.pause = LATEST_LOOK;
                 self.look_later();
+                if let Trouble::Failed(_) = error {
+                    // The directory may be gone: it was removed.
+                    self.failed(&error);
+                    self.replace.get_or_insert(false);
+                }
             }
             Answer::Claimed {
                 segment,
@@ -397,25 +401,36 @@ impl<'a> Bringing<'a> {
                     Ok(Some(claim)) => return self.claimed(segment, turn, claim),
                     Ok(None) => {
                         self.view.segments[segment].turn = Some(turn);
-                        self.next_look = Instant::now();
+                        self.next_look = Instant::now() + LOOK / 4;
                     }
                     Err(error) => {
-                        self.failed(&Chain(&error).to_string());
+                        self.failed(&error);
                         // The directory may be gone: it was collected.
-                        self.replace = Some(false);
+                        self.replace.get_or_insert(false);
                     }
                 }
                 self.let_go(segment);
             }
+            Answer::Summed { .. } if self.replacing => {}
             Answer::Summed { segment, sums } => match sums {
                 Ok(Some(sums)) => {
                     self.sums.insert(segment, Arc::new(sums));
                 }
                 Ok(None) => self.damaged(),
-                Err(error) => self.failed(&Chain(&error).to_string()),
+                Err(error) => self.failed(&error),
             },
-            Answer::Replaced(None) => self.failures = FAILURES,
-            Answer::Replaced(Some(fill)) => self.begin_anew(fill),
+            Answer::Replaced { damaged, opened } => match opened {
+                Ok(fill) if Arc::ptr_eq(&fill, &self.fill) => {}
+                // Another store, cut in another way.
+                Ok(fill) if fill.segment_bytes() != self.fill.segment_bytes() => {
+                    self.failures = FAILURES;
+                }
+                Ok(fill) => self.begin_anew(fill),
+                Err(error) => {
+                    self.failed(&error);
+                    self.replace = Some(damaged);
+                }
+            },
         }
     }
 
@@ -433,7 +448,7 @@ impl<'a> Bringing<'a> {
                 .min(timeout / LISTENS),
             false => LOOK,
         };
-        self.view = looked.view;
+        (self.view, self.seen) = (looked.view, true);
         self.give_up_what_others_did();
         for (segment, turn, content) in looked.heard {
             let now = self.clock.elapsed();
@@ -441,6 +456,9 @@ impl<'a> Bringing<'a> {
             if silence >= timeout.mul_f64(SILENT) {
                 tracing::info!(path = %self.file.path, segment, "claim of a silent node is taken over");
                 self.silent.insert(segment, turn);
+            } else {
+                // It came back, or another one has claimed this turn since.
+                self.silent.remove(&segment);
             }
         }
         self.look_later();
@@ -503,9 +521,19 @@ impl<'a> Bringing<'a> {
         }
     }
 
-    fn failed(&mut self, error: &str) {
+    fn failed(&mut self, error: &Trouble) {
+        let path = &self.file.path;
+        tracing::debug!(%path, error = %Chain(error), "shared tier failed");
+        // When it hangs many calls say so, one after the other.
+        let stalled = matches!(error, Trouble::Away(_));
+        let known = |at: Instant| at.elapsed() < self.tier.config().stall_timeout;
+        if stalled && self.stalled_at.is_some_and(known) {
+            return;
+        }
+        if stalled {
+            self.stalled_at = Some(Instant::now());
+        }
         self.failures += 1;
-        tracing::debug!(path = %self.file.path, error, "shared tier failed");
     }
 
     /// Starts to copy a piece; false if the checksums of its segment have to be asked for first.
@@ -529,7 +557,8 @@ impl<'a> Bringing<'a> {
             meter: Arc::clone(&self.origin.meter),
             copied: Arc::clone(&self.share.copied),
         };
-        let task = async move { (index, Ended::Copied(copy.run().await)) };
+        let from = Arc::clone(&self.fill);
+        let task = async move { (index, Ended::Copied(from, copy.run().await)) };
         let owed = self.tier.owe_copy(piece.bytes());
         piece.copying = Some((self.tasks.spawn(task), owed));
         true
@@ -580,7 +609,7 @@ impl<'a> Bringing<'a> {
                     Err(error) => self.without_origin(index, error)?,
                 }
             }
-            Ended::Copied(result) => {
+            Ended::Copied(from, result) => {
                 piece.copying = None;
                 match result {
                     Ok(()) => {
@@ -590,9 +619,12 @@ impl<'a> Bringing<'a> {
                     Err(CopyError::Local(error)) => return Err(error.into()),
                     Err(CopyError::Bad(bad)) => {
                         tracing::warn!(path = %self.file.path, error = %bad, "damaged bytes in the shared tier");
-                        self.damaged();
+                        // Of the directory that is replaced now many copies may say so.
+                        if Arc::ptr_eq(&from, &self.fill) && !self.replacing {
+                            self.damaged();
+                        }
                     }
-                    Err(CopyError::Trouble(error)) => self.failed(&Chain(&error).to_string()),
+                    Err(CopyError::Trouble(error)) => self.failed(&error),
                 }
             }
         }
@@ -626,7 +658,7 @@ impl<'a> Bringing<'a> {
     /// Damaged bytes are set aside, and brought anew under the same name.
     fn damaged(&mut self) {
         self.set_aside += 1;
-        self.replace = Some(true);
+        (self.replace, self.replacing) = (Some(true), true);
         // Nothing more is copied from there.
         self.sums.clear();
         self.view.segments.fill(SegmentView::default());
@@ -642,7 +674,14 @@ impl<'a> Bringing<'a> {
         self.fill = fill;
         (self.sums, self.mine) = (HashMap::new(), HashMap::new());
         (self.silence, self.silent) = (Silence::default(), HashMap::new());
+        (self.replace, self.replacing, self.seen) = (None, false, false);
         self.view.segments.fill(SegmentView::default());
+        // What was claimed there is not: it would count against what can be claimed here.
+        for piece in &mut self.pieces {
+            if piece.fetching.is_none() {
+                piece.owed = None;
+            }
+        }
         self.next_look = Instant::now();
     }
 }

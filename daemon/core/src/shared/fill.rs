@@ -183,7 +183,8 @@ impl Fill {
                 Some((segment, rest)) => {
                     let turn = rest
                         .strip_suffix(".claim")
-                        .and_then(|turn| turn.parse().ok());
+                        .and_then(|turn| turn.parse().ok())
+                        .filter(|turn| *turn <= LAST_TURN);
                     if let (Some(turn), Some(segment)) = (turn, place(&mut view, segment)) {
                         segment.turn = segment.turn.max(Some(turn));
                     }
@@ -199,8 +200,12 @@ impl Fill {
         let flags = OFlag::O_DIRECTORY | OFlag::O_CLOEXEC | OFlag::O_RDONLY;
         let mut dir = Dir::openat(&self.dir, ".", flags, Mode::empty()).at("list", &self.path)?;
         let mut names = Vec::new();
+        let most = MOST_NAMES + 8 * self.segments();
         for entry in dir.iter() {
             let entry = entry.at("list", &self.path)?;
+            if names.len() >= most {
+                return Err(io::Error::from(io::ErrorKind::InvalidData)).at("list", &self.path);
+            }
             names.push(entry.file_name().to_string_lossy().into_owned());
         }
         Ok(names)
@@ -217,6 +222,9 @@ impl Fill {
         turn: u32,
         owner: &str,
     ) -> Result<Option<SharedClaim>, SharedError> {
+        if turn > LAST_TURN {
+            return Err(io::Error::from(io::ErrorKind::InvalidData)).at("claim", &self.path);
+        }
         let name = format!("{segment}.{turn}.claim");
         let file = match self.open(&name, OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_WRONLY) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(None),
@@ -228,15 +236,16 @@ impl Fill {
             owner: owner.to_owned(),
         };
         // A list of names is not a moment's picture: the last owner may have finished and let go meanwhile.
-        if self
-            .has(&format!("{segment}.sums"))
-            .at("look at", &self.path)?
-        {
+        let here = self.has(&format!("{segment}.sums"));
+        let begun = here.at("look at", &self.path).and_then(|here| {
+            self.beat_into(&claim, &file, 0)?;
+            Ok(!here)
+        });
+        if !matches!(begun, Ok(true)) {
+            // Nobody would work on it.
             self.release(&claim)?;
-            return Ok(None);
         }
-        self.beat_into(&claim, &file, 0)?;
-        Ok(Some(claim))
+        Ok(begun?.then_some(claim))
     }
 
     /// Says that the work on a claimed segment goes on: others see that the content has changed.
@@ -310,8 +319,9 @@ impl Fill {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 opened => {
                     let file = opened.at("open", &self.path.join(name))?;
-                    let size = file.metadata().at("look at", &self.path)?.len();
-                    return Ok((size == self.size).then_some(file));
+                    let found = file.metadata().at("look at", &self.path)?;
+                    let good = found.is_file() && found.len() == self.size;
+                    return Ok(good.then_some(file));
                 }
             }
         }
@@ -395,6 +405,11 @@ impl Fill {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
             renamed => {
                 renamed.at("set aside", &self.path)?;
+                // Another node may have been faster, and another directory have the name since we looked.
+                if !self.is_at(&aside)? {
+                    let given_back = std::fs::rename(&aside, &self.path);
+                    return given_back.map(|()| false).at("give back", &self.path);
+                }
                 fault::point("shared.set_aside");
                 Ok(true)
             }
@@ -407,11 +422,15 @@ impl Fill {
     ///
     /// [`SharedError::Io`].
     pub fn is_named(&self) -> Result<bool, SharedError> {
-        let open = nix::sys::stat::fstat(&self.dir).at("look at", &self.path)?;
-        match std::fs::symlink_metadata(&self.path) {
+        self.is_at(&self.path)
+    }
+
+    fn is_at(&self, path: &Path) -> Result<bool, SharedError> {
+        let open = nix::sys::stat::fstat(&self.dir).at("look at", path)?;
+        match std::fs::symlink_metadata(path) {
             Ok(named) => Ok(named.ino() == open.st_ino),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            Err(error) => Err(error).at("look at", &self.path),
+            Err(error) => Err(error).at("look at", path),
         }
     }
 
@@ -424,9 +443,12 @@ impl Fill {
     }
 
     pub(super) fn open(&self, name: &str, flags: OFlag) -> io::Result<File> {
-        let flags = flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        // A pipe that somebody put there would else be waited for, for ever.
+        let flags = flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
         let mode = Mode::from_bits_truncate(0o644);
-        Ok(openat(&self.dir, name, flags, mode).map(File::from)?)
+        let file = openat(&self.dir, name, flags, mode)?;
+        nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_SETFL(OFlag::empty()))?;
+        Ok(File::from(file))
     }
 
     fn has(&self, name: &str) -> io::Result<bool> {
@@ -494,6 +516,12 @@ impl Fill {
         Ok((bytes, newest))
     }
 }
+
+/// Names in a blob's directory, besides some for each segment. More are not ours.
+const MOST_NAMES: usize = 10_000;
+
+/// Turns of a claim. Nobody gets that far.
+const LAST_TURN: u32 = 999_999;
 
 /// The most that is read of a small file: the checksums of a 64 GiB segment are 288 KiB.
 const SMALL_BYTES: u64 = 1 << 20;

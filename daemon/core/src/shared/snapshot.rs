@@ -1,9 +1,11 @@
 //! Which blobs a model needs, so that the collector knows, and users see what is here.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::OFlag;
 use nix::sys::stat::futimens;
 use nix::sys::time::TimeSpec;
 use serde::{Deserialize, Serialize};
@@ -125,6 +127,9 @@ impl SharedStore {
     }
 }
 
+/// The most that is read of a note: 100,000 files.
+const NOTE_BYTES: u64 = 64 << 20;
+
 /// Says that it is used now.
 fn touch(path: &Path) -> Result<(), SharedError> {
     let file = File::options().write(true).open(path).at("open", path)?;
@@ -134,7 +139,15 @@ fn touch(path: &Path) -> Result<(), SharedError> {
 pub(super) fn read_json<T: serde::de::DeserializeOwned>(
     path: &Path,
 ) -> Result<Option<T>, SharedError> {
-    match fs::read(path) {
+    let read = || {
+        let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+        let mut file = File::options();
+        let file = file.read(true).custom_flags(flags.bits()).open(path)?;
+        let mut bytes = Vec::new();
+        file.take(NOTE_BYTES).read_to_end(&mut bytes)?;
+        Ok::<_, io::Error>(bytes)
+    };
+    match read() {
         // A note is a convenience: one that cannot be read is as good as none.
         Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),

@@ -221,6 +221,30 @@ fn what_is_set_aside_takes_late_writers_with_it() {
 }
 
 #[test]
+fn what_a_neighbour_put_there_neither_hangs_nor_misleads() {
+    use nix::sys::stat::Mode;
+    let (dir, store) = store();
+    let fill = store.fill(&key(), MIB).unwrap();
+    let folder = dir.path().join(format!("blobs/{}", key()));
+    let pipe = |name: &str| nix::unistd::mkfifo(&folder.join(name), Mode::S_IRWXU).unwrap();
+    pipe("blob");
+    pipe("0.sums");
+    pipe("0.0.claim");
+    assert!(fill.bytes().unwrap().is_none());
+    assert_eq!(fill.sums(0).unwrap(), None);
+    assert_eq!(fill.read_claim(0, 0).unwrap().as_deref(), Some(""));
+
+    fs::write(folder.join(format!("0.{}.claim", u32::MAX)), "").unwrap();
+    assert_eq!(fill.look().unwrap().segments[0].turn, Some(0));
+    assert!(fill.claim(0, u32::MAX, "one").is_err());
+
+    for name in 0..11_000 {
+        fs::write(folder.join(format!("x{name}")), "").unwrap();
+    }
+    assert!(fill.look().is_err(), "endless names are read");
+}
+
+#[test]
 fn what_no_origin_says_anything_about_is_not_shared() {
     use crate::digest::Claims;
     use crate::model::RelPath;

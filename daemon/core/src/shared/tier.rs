@@ -101,6 +101,8 @@ pub struct SharedTier {
     buffers: Arc<Buffers>,
     outstanding: AtomicU64,
     copying: AtomicU64,
+    /// Bytes written by this process.
+    wrote: AtomicU64,
     /// Something changed that a file may wait for.
     changed: Notify,
     /// The prober has something to look at.
@@ -119,6 +121,8 @@ struct State {
     store: Option<Arc<SharedStore>>,
     /// Why it is left out.
     away: Option<String>,
+    /// And since when.
+    away_since: Instant,
     /// Why it is not written to.
     read_only: Option<String>,
     /// However well it looks before.
@@ -157,6 +161,7 @@ impl SharedTier {
             state: Mutex::new(State {
                 store: None,
                 away: Some(UNSEEN.to_owned()),
+                away_since: Instant::now(),
                 read_only: None,
                 read_only_until: None,
                 answered: None,
@@ -169,6 +174,7 @@ impl SharedTier {
             buffers: Arc::default(),
             outstanding: AtomicU64::new(0),
             copying: AtomicU64::new(0),
+            wrote: AtomicU64::new(0),
             changed: Notify::new(),
             suspicion: Notify::new(),
             looked: Notify::new(),
@@ -257,6 +263,15 @@ impl SharedTier {
         self.copying.load(Ordering::Relaxed)
     }
 
+    /// Bytes that this process has written.
+    pub(crate) fn wrote(&self) -> u64 {
+        self.wrote.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn count_written(&self, bytes: u64) {
+        self.wrote.fetch_add(bytes, Ordering::Relaxed);
+    }
+
     /// Counts bytes that are to be fetched from an origin.
     pub(crate) fn owe(self: &Arc<Self>, bytes: u64) -> Owed {
         self.count(bytes, |tier| &tier.outstanding)
@@ -288,17 +303,15 @@ impl SharedTier {
     /// Whether it answers, after a look if the last one is old: at most one stall timeout.
     pub async fn answers(&self) -> bool {
         let fresh = |state: &State| state.answered.is_some_and(|at| at.elapsed() < FRESH);
-        let known = {
+        {
             let state = self.lock();
-            match state.away.as_deref() {
-                None => fresh(&state).then_some(true),
-                Some(UNSEEN) => None,
-                // It is looked at all the time, and nobody needs to wait for that.
-                Some(_) => Some(false),
+            if state.away.is_none() && fresh(&state) {
+                return true;
             }
-        };
-        if let Some(known) = known {
-            return known;
+            // The prober has had its time, and tells when it is back: not every file waits for that anew.
+            if state.away.is_some() && state.away_since.elapsed() >= self.config.stall_timeout {
+                return false;
+            }
         }
         // Before the wake-up: the answer may come at once.
         let looked = self.looked.notified();
@@ -389,6 +402,7 @@ impl SharedTier {
         if state.away.is_none() {
             tracing::warn!(why, "shared tier left out");
             self.metrics.shared_failed("away");
+            state.away_since = Instant::now();
         }
         state.away = Some(why);
         drop(state);
@@ -493,6 +507,9 @@ impl SharedTier {
         if state.away.is_none() || first && state.away.as_deref() != Some(&why) {
             tracing::warn!(why, "shared tier left out");
             self.metrics.shared_failed("away");
+        }
+        if state.away.is_none() {
+            state.away_since = Instant::now();
         }
         state.away = Some(why);
         drop(state);

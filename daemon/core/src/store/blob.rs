@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -45,6 +46,8 @@ pub struct Part {
     resumed: Vec<Record>,
     state: Mutex<State>,
     grown: Condvar,
+    /// Bytes that came from the origin, also those that are not written yet.
+    arrived: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -136,6 +139,17 @@ impl Part {
         (range.end - range.start) - lacking.sum::<u64>()
     }
 
+    /// Counts bytes that came from the origin.
+    pub fn count_arrived(&self, bytes: u64) {
+        self.arrived.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes that came from the origin, also those that are not written yet.
+    #[must_use]
+    pub fn arrived(&self) -> u64 {
+        self.arrived.load(Ordering::Relaxed)
+    }
+
     /// Whether what is missing will not come any more, or what is here is not to be used.
     #[must_use]
     pub fn is_given_up(&self) -> bool {
@@ -143,12 +157,22 @@ impl Part {
         state.discarded || state.closed && state.present.bytes() < self.size
     }
 
-    /// Fills `bytes` with those on disk from byte `at` on. They were not verified yet.
+    /// Fills `bytes` with those on disk from byte `at` on. They were not verified yet, but are what was written.
     ///
     /// # Errors
     ///
-    /// [`StoreError::Io`].
+    /// [`StoreError::Io`], also if the disk lost what an earlier process wrote there.
     pub fn read(&self, at: u64, bytes: &mut [u8]) -> Result<(), StoreError> {
+        let end = at + bytes.len() as u64;
+        let inside = |record: &&Record| record.range.start < end && at < record.range.end;
+        for record in self.resumed.iter().filter(inside) {
+            let bytes = record.range.end - record.range.start;
+            let mut block = vec![0; usize::try_from(bytes).expect("a block fits in memory")];
+            if !self.holds(record, &mut block)? {
+                let torn = io::Error::from(io::ErrorKind::InvalidData);
+                return Err(torn).at("believe", &self.path);
+            }
+        }
         self.file.read_exact_at(bytes, at).at("read", &self.path)
     }
 
@@ -336,6 +360,7 @@ impl Part {
         buffer.resize(length.max(HASH_BYTES), 0);
         let block = &mut buffer[..length];
         if !self.holds(record, block)? {
+            self.state().discarded = true;
             return Err(HashError::Torn {
                 bytes: self.strike_torn_off()?,
             });
@@ -539,6 +564,7 @@ mod tests {
             resumed,
             state: Mutex::new(state),
             grown: Condvar::new(),
+            arrived: AtomicU64::new(0),
         }
     }
 
@@ -578,6 +604,35 @@ mod tests {
             "{hashed:?}"
         );
         assert!(part.state().closed, "writers go on");
+    }
+
+    #[test]
+    fn what_the_disk_lost_is_not_handed_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.part");
+        fs::write(&path, [1; 10]).unwrap();
+        let sound = Record {
+            range: 0..5,
+            crc: checksum([&[1; 5][..]]),
+        };
+        let torn = Record {
+            range: 5..10,
+            crc: 7,
+        };
+        let part = part(
+            path.clone(),
+            File::open(&path).unwrap(),
+            10,
+            vec![sound, torn],
+        );
+
+        let mut bytes = [0; 5];
+        part.read(0, &mut bytes).unwrap();
+        assert_eq!(bytes, [1; 5]);
+        assert!(part.read(4, &mut bytes[..2]).is_err());
+        assert!(!part.is_given_up());
+        assert!(part.hash(Verifier::new(10, Claims::default())).is_err());
+        assert!(part.is_given_up());
     }
 
     #[test]

@@ -58,15 +58,12 @@ impl Copied {
             }
         }
         // They are in the local tier's page cache now.
-        let (start, length) = (self.range.start, self.range.end - self.range.start);
-        let forget = move |_: &_| {
-            if let (Ok(start), Ok(length)) = (start.try_into(), length.try_into()) {
-                let unused = PosixFadviseAdvice::POSIX_FADV_DONTNEED;
-                let _ = posix_fadvise(&*bytes, start, length, unused);
-            }
+        let range = self.range.clone();
+        let forget = self.tier.run(move |_| {
+            forget(&bytes, &range);
             Ok(())
-        };
-        let _ = self.tier.run(forget).await;
+        });
+        let _ = forget.await;
         Ok(())
     }
 
@@ -106,10 +103,27 @@ fn read(
     index: usize,
     block: Range<u64>,
 ) -> Result<Result<Bytes, BadBlock>, SharedError> {
-    let bad = BadBlock { at: block.start };
     let length = usize::try_from(block.end - block.start).expect("a block fits in memory");
     let mut data = buffers.take(length);
-    match file.read_exact_at(&mut data, block.start) {
+    let mut checked = read_once(store, file, sums, index, &block, &mut data)?;
+    if checked.is_err() {
+        // On NFS it may be what was there before another node wrote it: ask the server.
+        forget(file, &block);
+        checked = read_once(store, file, sums, index, &block, &mut data)?;
+    }
+    Ok(checked.map(|()| Bytes::from_owner(data)))
+}
+
+fn read_once(
+    store: &SharedStore,
+    file: &File,
+    sums: &Sums,
+    index: usize,
+    block: &Range<u64>,
+    data: &mut [u8],
+) -> Result<Result<(), BadBlock>, SharedError> {
+    let bad = BadBlock { at: block.start };
+    match file.read_exact_at(data, block.start) {
         Ok(()) => {}
         Err(error) if is_damage(&error) || error.kind() == io::ErrorKind::UnexpectedEof => {
             return Ok(Err(bad));
@@ -122,6 +136,13 @@ fn read(
             });
         }
     }
-    let checked = sums.check(index, block.start, &data);
-    Ok(checked.map(|()| Bytes::from_owner(data)))
+    Ok(sums.check(index, block.start, data))
+}
+
+/// Drops a range of a file from the page cache.
+fn forget(file: &File, range: &Range<u64>) {
+    let length = range.end - range.start;
+    if let (Ok(start), Ok(length)) = (range.start.try_into(), length.try_into()) {
+        let _ = posix_fadvise(file, start, length, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+    }
 }

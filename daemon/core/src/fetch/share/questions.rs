@@ -7,7 +7,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::set_aside;
+use crate::errors::Chain;
 use crate::shared::{Fill, SharedClaim, SharedTier, Sums, Trouble, View};
 use crate::store::StageKey;
 
@@ -23,8 +23,11 @@ pub(super) enum Answer {
         segment: usize,
         sums: Result<Option<Sums>, Trouble>,
     },
-    /// Another directory has the blob's name; `None` if it could not be had.
-    Replaced(Option<Arc<Fill>>),
+    /// What has the blob's name now.
+    Replaced {
+        damaged: bool,
+        opened: Result<Arc<Fill>, Trouble>,
+    },
 }
 
 /// What is in a blob's directory.
@@ -99,23 +102,12 @@ impl Questions {
     /// Whether this turn of a segment is ours.
     pub(super) fn claim(&mut self, fill: &Arc<Fill>, segment: usize, turn: u32) {
         let (tier, fill) = (Arc::clone(&self.tier), Arc::clone(fill));
-        let (tell, told) = oneshot::channel();
-        // A task of its own: a claim that nobody waits for any more would hold up the other nodes.
-        self.tier.behind().spawn(async move {
-            let (owner, claimed) = (tier.owner().to_owned(), Arc::clone(&fill));
-            let claim = tier
-                .run(move |_| claimed.claim(segment, turn, &owner))
-                .await;
-            if let Err(Ok(Some(claim))) = tell.send(claim) {
-                let _ = tier.run(move |_| fill.release(&claim)).await;
-            }
-        });
         self.ask(async move {
-            let ended = |_| Err(Trouble::Away("this process is ending".to_owned()));
+            let claim = claim(&tier, &fill, segment, turn).await;
             Answer::Claimed {
                 segment,
                 turn,
-                claim: told.await.unwrap_or_else(ended),
+                claim,
             }
         });
     }
@@ -136,8 +128,51 @@ impl Questions {
             if damaged {
                 set_aside(&tier, &fill, &key).await;
             }
-            let opened = tier.run(move |store| store.fill(&key, size)).await;
-            Answer::Replaced(opened.ok().map(Arc::new))
+            let opened = tier.run(move |store| {
+                // It may be there all the same: then what was claimed there still is.
+                if !damaged && fill.is_named().unwrap_or(false) {
+                    return Ok(fill);
+                }
+                store.fill(&key, size).map(Arc::new)
+            });
+            let opened = opened.await;
+            Answer::Replaced { damaged, opened }
         });
+    }
+}
+
+/// Claims a turn of a segment. If nobody waits for the answer any more the claim is let go: it was made late, or
+/// the file is here by now.
+pub(super) async fn claim(
+    tier: &SharedTier,
+    fill: &Arc<Fill>,
+    segment: usize,
+    turn: u32,
+) -> Result<Option<SharedClaim>, Trouble> {
+    let (fill, owner) = (Arc::clone(fill), tier.owner().to_owned());
+    let (sender, receiver) = oneshot::channel();
+    let claimed = tier.run(move |_| {
+        let claim = fill.claim(segment, turn, &owner)?;
+        match sender.send(claim) {
+            Err(Some(unread)) => fill.release(&unread),
+            Ok(()) | Err(None) => Ok(()),
+        }
+    });
+    claimed.await?;
+    Ok(receiver.await.ok().flatten())
+}
+
+/// Takes the name of a blob away from a directory that holds damage.
+pub(super) async fn set_aside(tier: &SharedTier, fill: &Arc<Fill>, key: &StageKey) {
+    let fill = Arc::clone(fill);
+    match tier.run(move |_| fill.set_aside()).await {
+        Ok(true) => {
+            tracing::warn!(%key, "damaged blob in the shared tier set aside");
+            tier.metrics().shared_failed("damaged");
+        }
+        Ok(false) => {}
+        Err(error) => {
+            tracing::warn!(%key, error = %Chain(&error), "damaged blob in the shared tier not set aside");
+        }
     }
 }

@@ -2,14 +2,15 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 
+use super::questions::claim;
 use crate::blocking;
 use crate::errors::Chain;
 use crate::shared::choice::{BEATS, SYNC_BYTES, WRITER_LOOK};
-use crate::shared::{self, Fill, SharedClaim, SharedTier, Sums, Trouble};
+use crate::shared::{self, Fill, SegmentView, SharedClaim, SharedTier, Sums, Trouble};
 use crate::store::{Part, StoreError};
 
 /// How much longer a sync may take than another call: it waits for all that was written.
@@ -43,10 +44,10 @@ pub(super) struct Upload {
 
 impl Upload {
     pub(super) async fn run(self) {
-        let written = AtomicU64::new(0);
         let outcome = tokio::select! {
-            outcome = self.write(&written) => outcome,
-            never = self.keep_claim(&written) => match never {},
+            outcome = self.write() => outcome,
+            never = self.keep_claim() => match never {},
+            () = self.given_up() => Err(UploadError::GivenUp),
             () = self.tier.stopped().cancelled() => Err(UploadError::Stopped),
         };
         let segment = self.segment;
@@ -61,6 +62,8 @@ impl Upload {
             }
         }
         let (fill, claim) = (Arc::clone(&self.fill), self.claim);
+        // Whoever tries again needs the local bytes, however long this takes.
+        drop(self.part);
         let released = self.tier.run(move |_| fill.release(&claim)).await;
         if let Err(error) = released {
             tracing::debug!(segment, error = %Chain(&error), "claim not removed");
@@ -71,7 +74,13 @@ impl Upload {
         self.tier.changed().notify_waiters();
     }
 
-    async fn write(&self, written: &AtomicU64) -> Result<(), UploadError> {
+    async fn given_up(&self) {
+        while !self.part.is_given_up() {
+            tokio::time::sleep(4 * WRITER_LOOK).await;
+        }
+    }
+
+    async fn write(&self) -> Result<(), UploadError> {
         let fill = Arc::clone(&self.fill);
         let target = Arc::new(self.tier.run(move |_| fill.part()).await?);
         let mut blocks: Vec<(usize, Range<u64>)> =
@@ -96,7 +105,6 @@ impl Upload {
             let data = self.read_local(block.clone()).await?;
             sums.set(index, Sums::of(&data));
             self.write_block(&target, block.start, data).await?;
-            written.fetch_add(bytes, Ordering::Relaxed);
             self.tier.rates().written.count(bytes);
             self.tier.metrics().shared_written(bytes);
             unsynced += bytes;
@@ -138,28 +146,38 @@ impl Upload {
             let step = data.slice(at..(at + STEP_BYTES).min(data.len()));
             let (file, offset) = (Arc::clone(target), offset + at as u64);
             at += step.len();
+            let bytes = step.len() as u64;
             let write = self.tier.run(move |_| file.write(offset, &step));
             write.await?;
+            self.tier.count_written(bytes);
         }
         Ok(())
     }
 
     /// Shows the others that the work goes on, as long as it does.
-    async fn keep_claim(&self, written: &AtomicU64) -> std::convert::Infallible {
+    ///
+    /// What counts is whether this process gets on with what the segment waits for: on a slow origin it takes
+    /// long until a block is whole, and on a slow tier until it is a segment's turn to be written.
+    async fn keep_claim(&self) -> std::convert::Infallible {
         let range = self.fill.range(self.segment);
         let mut beats = tokio::time::interval(self.tier.config().claim_timeout / BEATS);
-        let mut shown = 0;
+        let (mut shown, mut beat) = ((0, 0), 0);
         loop {
             beats.tick().await;
-            let progress = self.part.present_in(&range) + written.load(Ordering::Relaxed);
+            let present = self.part.present_in(&range);
+            let progress = match present < range.end - range.start {
+                true => (present, self.part.arrived()),
+                false => (present, self.tier.wrote()),
+            };
             if progress == shown {
                 continue;
             }
             shown = progress;
+            beat += 1;
             let fill = Arc::clone(&self.fill);
             let claim = self.claim.clone();
-            let beat = self.tier.run(move |_| fill.beat(&claim, progress)).await;
-            if let Err(error) = beat {
+            let beaten = self.tier.run(move |_| fill.beat(&claim, beat)).await;
+            if let Err(error) = beaten {
                 tracing::debug!(error = %Chain(&error), "claim not kept up");
             }
         }
@@ -214,20 +232,16 @@ impl Rest {
     }
 
     async fn claim_next(&self) -> Option<(usize, SharedClaim)> {
-        let (fill, owner) = (Arc::clone(&self.fill), self.tier.owner().to_owned());
-        let claimed = self.tier.run(move |_| {
-            let view = fill.look()?;
-            // Whoever could not write all of it has said so.
-            for (index, segment) in view.segments.iter().enumerate() {
-                if !segment.here
-                    && segment.turn.is_none()
-                    && let Some(claim) = fill.claim(index, 0, &owner)?
-                {
-                    return Ok(Some((index, claim)));
-                }
+        let fill = Arc::clone(&self.fill);
+        let view = self.tier.run(move |_| fill.look()).await.ok()?;
+        // Whoever could not write all of it has said so.
+        let open = |(_, segment): &(usize, SegmentView)| !segment.here && segment.turn.is_none();
+        for (index, _) in view.segments.into_iter().enumerate().filter(open) {
+            let claimed = claim(&self.tier, &self.fill, index, 0).await.ok()?;
+            if let Some(claim) = claimed {
+                return Some((index, claim));
             }
-            Ok(None)
-        });
-        claimed.await.ok().flatten()
+        }
+        None
     }
 }

@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{DirEntryExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Condvar, Mutex};
 
 use nix::fcntl::{FallocateFlags, OFlag};
@@ -277,6 +278,7 @@ impl Claim {
             resumed,
             state: Mutex::new(state),
             grown: Condvar::new(),
+            arrived: AtomicU64::new(0),
         }))
     }
 }
