@@ -30,6 +30,9 @@ mod pieces;
 mod questions;
 mod upload;
 
+/// Bytes that one call reads or writes.
+const STEP_BYTES: usize = 1 << 20;
+
 /// Times that damaged bytes of one file are set aside before it is brought without the shared tier.
 const SET_ASIDE: u32 = 2;
 

@@ -10,9 +10,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bytes::Bytes;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
+use super::STEP_BYTES;
 use crate::blocking;
 use crate::fetch::progress::Meter;
-use crate::shared::{BadBlock, Buffers, Fill, SharedError, SharedStore, SharedTier, Sums, Trouble};
+use crate::shared::{BadBlock, Fill, SharedError, SharedStore, SharedTier, Sums, Trouble};
 use crate::store::{Part, StoreError, is_damage};
 
 /// Why a piece was not copied.
@@ -73,13 +74,20 @@ impl Copied {
         index: usize,
         block: Range<u64>,
     ) -> Result<(), CopyError> {
-        let file = Arc::clone(bytes);
-        let (sums, range) = (Arc::clone(&self.sums), block.clone());
-        let buffers = Arc::clone(self.tier.buffers());
-        let read = self
-            .tier
-            .run(move |store| read(store, &file, &buffers, &sums, index, range));
-        let data = read.await?.map_err(CopyError::Bad)?;
+        let data = match self.read(bytes, index, &block).await? {
+            Ok(data) => data,
+            Err(_) => {
+                // On NFS it may be what was there before another node wrote it: ask the server.
+                let (file, range) = (Arc::clone(bytes), block.clone());
+                let forget = self.tier.run(move |_| {
+                    forget(&file, &range);
+                    Ok(())
+                });
+                forget.await?;
+                let again = self.read(bytes, index, &block).await?;
+                again.map_err(CopyError::Bad)?
+            }
+        };
         self.tier.rates().shared.count(data.len() as u64);
         // Before they are written: with the last of them the hasher is done, and nobody waits for us.
         let inside = block.start.max(self.range.start)..block.end.min(self.range.end);
@@ -92,51 +100,57 @@ impl Copied {
         let written = blocking::run(move || part.write(block.start, &[data])).await;
         written.map_err(CopyError::Local)
     }
-}
 
-/// Reads one block and checks it.
-fn read(
-    store: &SharedStore,
-    file: &File,
-    buffers: &Arc<Buffers>,
-    sums: &Sums,
-    index: usize,
-    block: Range<u64>,
-) -> Result<Result<Bytes, BadBlock>, SharedError> {
-    let length = usize::try_from(block.end - block.start).expect("a block fits in memory");
-    let mut data = buffers.take(length);
-    let mut checked = read_once(store, file, sums, index, &block, &mut data)?;
-    if checked.is_err() {
-        // On NFS it may be what was there before another node wrote it: ask the server.
-        forget(file, &block);
-        checked = read_once(store, file, sums, index, &block, &mut data)?;
-    }
-    Ok(checked.map(|()| Bytes::from_owner(data)))
-}
-
-fn read_once(
-    store: &SharedStore,
-    file: &File,
-    sums: &Sums,
-    index: usize,
-    block: &Range<u64>,
-    data: &mut [u8],
-) -> Result<Result<(), BadBlock>, SharedError> {
-    let bad = BadBlock { at: block.start };
-    match file.read_exact_at(data, block.start) {
-        Ok(()) => {}
-        Err(error) if is_damage(&error) || error.kind() == io::ErrorKind::UnexpectedEof => {
-            return Ok(Err(bad));
-        }
-        Err(source) => {
-            return Err(SharedError::Io {
-                op: "read a blob of",
-                path: store.root().to_owned(),
-                source,
+    /// Reads one block, in small steps, and checks it: where many read from a slow tier, each step takes its time.
+    async fn read(
+        &self,
+        file: &Arc<File>,
+        index: usize,
+        block: &Range<u64>,
+    ) -> Result<Result<Bytes, BadBlock>, Trouble> {
+        let length = usize::try_from(block.end - block.start).expect("a block fits in memory");
+        let mut data = self.tier.buffers().take(length);
+        for from in (0..length).step_by(STEP_BYTES) {
+            let (file, at) = (Arc::clone(file), block.start + from as u64);
+            let to = (from + STEP_BYTES).min(length);
+            let read = self.tier.run(move |store| {
+                let read = read_step(store, &file, at, &mut data[from..to])?;
+                Ok((read, data))
             });
+            let (read, filled) = read.await?;
+            if !read {
+                return Ok(Err(BadBlock { at: block.start }));
+            }
+            data = filled;
         }
+        let sums = Arc::clone(&self.sums);
+        let at = block.start;
+        Ok(blocking::run(move || {
+            let checked = sums.check(index, at, &data);
+            checked.map(|()| Bytes::from_owner(data))
+        })
+        .await)
     }
-    Ok(sums.check(index, block.start, data))
+}
+
+/// Fills `step`, which begins at byte `at`. False if there are no such bytes.
+fn read_step(
+    store: &SharedStore,
+    file: &File,
+    at: u64,
+    step: &mut [u8],
+) -> Result<bool, SharedError> {
+    match file.read_exact_at(step, at) {
+        Ok(()) => Ok(true),
+        Err(error) if is_damage(&error) || error.kind() == io::ErrorKind::UnexpectedEof => {
+            Ok(false)
+        }
+        Err(source) => Err(SharedError::Io {
+            op: "read a blob of",
+            path: store.root().to_owned(),
+            source,
+        }),
+    }
 }
 
 /// Drops a range of a file from the page cache.

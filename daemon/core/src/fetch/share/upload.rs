@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 
+use super::STEP_BYTES;
 use super::questions::claim;
 use crate::blocking;
 use crate::errors::Chain;
@@ -15,9 +16,6 @@ use crate::store::{Part, StoreError};
 
 /// How much longer a sync may take than another call: it waits for all that was written.
 const SYNC: u32 = 6;
-
-/// Bytes that one call writes.
-const STEP_BYTES: usize = 1 << 20;
 
 /// Why a segment was not written.
 #[derive(Debug, thiserror::Error)]
