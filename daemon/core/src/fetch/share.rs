@@ -30,6 +30,9 @@ mod pieces;
 mod questions;
 mod upload;
 
+/// Claims of others that are read in one look.
+const CLAIMS_A_LOOK: usize = 16;
+
 /// Bytes that one call reads or writes.
 const STEP_BYTES: usize = 1 << 20;
 
@@ -375,6 +378,9 @@ impl<'a> Bringing<'a> {
             .filter(|segment| !self.mine.contains_key(segment))
             .collect();
         waiting.dedup();
+        // Some at a time, or many claims would make one look take longer than a tier may.
+        fastrand::shuffle(&mut waiting);
+        waiting.truncate(CLAIMS_A_LOOK);
         if !waiting.is_empty() {
             self.heard = Some(Instant::now());
         }
