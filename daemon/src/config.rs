@@ -694,6 +694,9 @@ mod tests {
             "s3.endpoint",
             "s3.region",
             "metrics.listen",
+            "shared.root",
+            "shared.filesystem",
+            "shared.segment",
         ] {
             assert!(
                 keys.insert(key.to_owned(), String::new()).is_none(),
