@@ -556,6 +556,7 @@ fn a_wrong_configuration_is_refused_before_anything_is_opened() {
         .env("HF_TOKEN", "a b");
     overridden.arg("--config").arg(&file).arg("--check-config");
     assert_eq!(run(&mut overridden).code, Some(0));
-    run(daemon.command().arg("--shared-root").arg("/x")).failed(2, &["no shared tier"]);
+    let inside = daemon.sandbox.root().join("shared");
+    run(daemon.command().arg("--shared-root").arg(inside)).failed(2, &["shared.root"]);
     assert!(!daemon.sandbox.root().exists() && !daemon.socket().exists());
 }
