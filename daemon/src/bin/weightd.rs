@@ -38,6 +38,9 @@ struct Args {
     /// Serve /metrics, /healthz and /readyz at ADDR
     #[arg(long, value_name = "ADDR")]
     metrics: Option<SocketAddr>,
+    /// Name of this machine's Node object; turns on the work for Kubernetes
+    #[arg(long, value_name = "NAME", env = "NODE_NAME")]
+    node_name: Option<String>,
     /// Check the settings and exit
     #[arg(long)]
     check_config: bool,
@@ -97,6 +100,9 @@ fn settings(args: &Args) -> Result<Config, String> {
     }
     if let Some(address) = args.metrics {
         config.metrics.listen = Some(address);
+    }
+    if let Some(name) = &args.node_name {
+        config.kubernetes.node = Some(name.clone());
     }
     config.check().map_err(|error| Chain(&error).to_string())?;
     Ok(config)
