@@ -1,6 +1,7 @@
 //! What the daemon does in a Kubernetes cluster.
 
 pub mod placement;
+pub mod prefetch;
 
 use std::path::Path;
 use std::time::Duration;
