@@ -54,13 +54,17 @@ app.kubernetes.io/component: {{ .component }}
 {{- range $key, $value := $derived -}}
 {{- if hasKey $config $key }}{{ fail (printf "config.%s is derived: set the value `%s` instead" $key $value) }}{{ end -}}
 {{- end -}}
-{{- if hasKey (default dict $config.shared) "root" }}{{ fail "config.shared.root is derived: set the values shared.hostPath, shared.claim and shared.path instead" }}{{ end -}}
+{{- range list "root" "filesystem" -}}
+{{- if hasKey (default dict $config.shared) . }}{{ fail (printf "config.shared.%s is derived: set the values below `shared` instead" .) }}{{ end -}}
+{{- end -}}
 {{- if hasKey (default dict $config.hf) "token_file" }}{{ fail "config.hf.token_file is derived: set the value hf.tokenSecret.name instead" }}{{ end -}}
 {{- $_ := set $config "root" .Values.store.hostPath -}}
 {{- $_ := set $config "socket" (printf "%s/weightd.sock" .Values.runDir) -}}
 {{- $_ := set $config "metrics" (dict "listen" (include "weightd.listen" .)) -}}
 {{- if .Values.shared.enabled -}}
-{{- $_ := set $config "shared" (merge (dict "root" (include "weightd.sharedRoot" .)) (default dict $config.shared)) -}}
+{{- $shared := dict "root" (include "weightd.sharedRoot" .) -}}
+{{- with .Values.shared.filesystem }}{{- $_ := set $shared "filesystem" . }}{{- end -}}
+{{- $_ := set $config "shared" (merge $shared (default dict $config.shared)) -}}
 {{- end -}}
 {{- if .Values.hf.tokenSecret.name -}}
 {{- $_ := set $config "hf" (merge (dict "token_file" "/etc/weightd-hf/token") (default dict $config.hf)) -}}
@@ -142,4 +146,20 @@ seLinuxOptions: {{ toJson . }}
 {{- if and .Values.shared.claim (not .Values.shared.enabled) }}
 {{- fail "shared.claim is set, and shared.enabled is not" }}
 {{- end }}
+{{- end }}
+
+{{/* The namespaces whose pods are looked at. */}}
+{{- define "weightd.injected" -}}
+matchExpressions:
+  - key: kubernetes.io/metadata.name
+    operator: NotIn
+    values: {{ concat (list "kube-system" .Release.Namespace) .Values.injection.excludeNamespaces | uniq | toJson }}
+{{- end }}
+
+{{/* Labels that rules and dashboard use: which node, and which part of weightd. */}}
+{{- define "weightd.relabelings" -}}
+- sourceLabels: [__meta_kubernetes_pod_node_name]
+  targetLabel: node
+- sourceLabels: [__meta_kubernetes_pod_label_app_kubernetes_io_component]
+  targetLabel: component
 {{- end }}
