@@ -6,9 +6,11 @@ Runs in namespaces of its own (mounts, network, processes), see `run`. Exits wit
 """
 
 import argparse
+import contextlib
 import importlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,10 +21,11 @@ import yaml
 
 from api import plural
 from control_plane import ControlPlane, eventually
+from machine import cgroups, remove_cgroups
 from weightd import NAMESPACE
 
 # In this order; each is a file beside this one.
-TESTS = ["annotations"]
+TESTS = ["annotations", "kubelet"]
 
 
 class Cluster:
@@ -116,10 +119,22 @@ def arguments_of_the_call():
     return arguments
 
 
+def end_all():
+    """Ends what tests that failed have left: containers outlive those who started them."""
+    if os.getpid() == 1:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(-1, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                os.wait()
+
+
 def main():
+    # Else SIGTERM would end the script, and leave what it has made.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     arguments = arguments_of_the_call()
     work = Path(tempfile.mkdtemp(prefix="weightd-cluster-"))
-    checks = Checks()
+    checks, before = Checks(), cgroups()
     try:
         started = time.monotonic()
         with ControlPlane(work, arguments.tools) as plane:
@@ -130,6 +145,8 @@ def main():
                 importlib.import_module(name).run(cluster, checks)
                 print(f"-- {name}: {time.monotonic() - started:.1f} s", flush=True)
     finally:
+        end_all()
+        remove_cgroups(cgroups() - before)
         if not arguments.keep:
             shutil.rmtree(work, ignore_errors=True)
     for reason in checks.left_out:

@@ -76,7 +76,7 @@ class Processes:
 
     def show_logs(self):
         for log in sorted(self.work.glob("*.log")):
-            lines = log.read_text(errors="replace").splitlines()[-40:]
+            lines = log.read_text(errors="replace").splitlines()[-25:]
             print(f"--- the end of {log.name}", *lines, sep="\n", file=sys.stderr)
 
     def start(self, name, *command, **options):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
 
-from node import CALL_SECONDS, MODEL, REPO, Node, answers  # noqa: E402, F401
+from node import CALL_SECONDS, MODEL, REPO, Node, answers, stop  # noqa: E402, F401
 
 NAMESPACE = "weightd"
 
@@ -25,9 +25,26 @@ class ClusterNode(Node):
         self.given_endpoint = endpoint
         account = account or cluster.plane.account("weightd-node")
         self.kubeconfig = account.kubeconfig(self.work / "kubeconfig")
+        self.running = {}
         # What else stands in the daemon's configuration.
         self.config = ""
         self.plugin_options = ["--grace=2"]
+
+    def start(self, undo, name, *arguments, **options):
+        log = undo.enter_context(open(self.work / f"{name}.log", "a"))
+        process = subprocess.Popen([self.binaries / name, *map(str, arguments)], stderr=log, **options)
+        self.running[name] = process
+        undo.callback(self.stop, name, process)
+        return process
+
+    def stop(self, name, process):
+        # One that was killed and started anew has ended as it was told to.
+        if self.running[name] is process:
+            stop(name, process)
+
+    def kill(self, name):
+        self.running[name].kill()
+        self.running[name].wait()
 
     def start_hub(self, undo):
         return self.given_endpoint or super().start_hub(undo)
@@ -41,10 +58,10 @@ class ClusterNode(Node):
             lines += ["[kubernetes]", f"kubeconfig = {json.dumps(str(self.kubeconfig))}"]
             arguments += ["--node-name", self.name]
         config.write_text("\n".join(lines) + "\n")
-        self.daemon = self.start(undo, "weightd", *arguments, env=own)
+        daemon = self.start(undo, "weightd", *arguments, env=own)
         deadline = time.monotonic() + 30
         while not answers(listens):
-            if self.daemon.poll() is not None or time.monotonic() > deadline:
+            if daemon.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError("weightd does not listen")
             time.sleep(0.01)
 
@@ -52,7 +69,7 @@ class ClusterNode(Node):
         arguments = [f"--endpoint=unix://{self.socket}", f"--node-id={self.name}"]
         arguments += ["--daemon-socket", self.work / "weightd.sock", "--kubelet-dir", self.kubelet]
         arguments += ["--kubeconfig", self.kubeconfig, *self.plugin_options]
-        self.csi_plugin = self.start(undo, "weightd-csi", *arguments, env={})
+        self.start(undo, "weightd-csi", *arguments, env={})
 
     def volume(self, pod, **attributes):
         """What kubelet asks for the volume `model` of a pod that the API server has."""

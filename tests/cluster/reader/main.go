@@ -1,5 +1,6 @@
 // reader is what runs in the tests' pods: it reads a mounted model from its first byte to its last, and
 // prints one line of JSON with the digest of each file and when the first byte had come. Then it waits.
+// Without a directory it only waits.
 package main
 
 import (
@@ -10,7 +11,9 @@ import (
 	"io/fs"
 	"log"
 	"os"
+	"os/signal"
 	"path/filepath"
+	"syscall"
 	"time"
 )
 
@@ -26,31 +29,23 @@ func now() float64 {
 	return float64(time.Now().UnixNano()) / 1e9
 }
 
-func (r *report) read(path string) (string, error) {
+// digest of a file, in hexadecimal.
+func (r *report) digest(path string) (string, error) {
 	file, err := os.Open(path)
 	if err != nil {
 		return "", err
 	}
 	defer file.Close()
 	hash := sha256.New()
-	first := make([]byte, 1)
-	count, err := file.Read(first)
-	if r.FirstByte == 0 && count > 0 {
+	if _, err := io.CopyN(hash, file, 1); err == nil && r.FirstByte == 0 {
 		r.FirstByte = now()
 	}
-	hash.Write(first[:count])
-	if err == nil {
-		_, err = io.Copy(hash, file)
-	} else if err == io.EOF {
-		err = nil
-	}
+	_, err = io.Copy(hash, file)
 	return hex.EncodeToString(hash.Sum(nil)), err
 }
 
-func main() {
-	root := os.Args[1]
-	result := report{Started: now(), Digests: map[string]string{}}
-	err := filepath.WalkDir(root, func(path string, entry fs.DirEntry, err error) error {
+func (r *report) readAll(root string) error {
+	return filepath.WalkDir(root, func(path string, entry fs.DirEntry, err error) error {
 		if err != nil || entry.IsDir() {
 			return err
 		}
@@ -58,21 +53,28 @@ func main() {
 		if err != nil {
 			return err
 		}
-		result.Digests[name], err = result.read(path)
+		r.Digests[name], err = r.digest(path)
 		return err
 	})
-	if err != nil {
-		log.Fatal(err)
+}
+
+func main() {
+	end := make(chan os.Signal, 1)
+	signal.Notify(end, syscall.SIGTERM, syscall.SIGINT)
+	if len(os.Args) > 1 {
+		root := os.Args[1]
+		result := report{Started: now(), Digests: map[string]string{}}
+		if err := result.readAll(root); err != nil {
+			log.Fatal(err)
+		}
+		result.Finished = now()
+		if created, err := os.Create(filepath.Join(root, "written-by-a-pod")); err == nil {
+			created.Close()
+			result.Writable = true
+		}
+		if err := json.NewEncoder(os.Stdout).Encode(result); err != nil {
+			log.Fatal(err)
+		}
 	}
-	result.Finished = now()
-	if created, err := os.Create(filepath.Join(root, "written-by-a-pod")); err == nil {
-		created.Close()
-		result.Writable = true
-	}
-	if err := json.NewEncoder(os.Stdout).Encode(result); err != nil {
-		log.Fatal(err)
-	}
-	if len(os.Args) > 2 && os.Args[2] == "stay" {
-		select {}
-	}
+	<-end
 }
