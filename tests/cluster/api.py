@@ -3,6 +3,7 @@
 import contextlib
 import json
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlencode
 
 import urllib3
 import yaml
@@ -51,14 +52,15 @@ class Api:
         self.server, self.ca, self.token = server, ca, token
         self.pool = urllib3.PoolManager(ca_certs=str(ca), maxsize=16, block=True)
 
-    def call(self, method, path, body=None, kind="application/json", **query):
-        query = "&".join(f"{key}={value}" for key, value in query.items())
+    def call(self, method, path, body=None, kind="application/json", accept="application/json", **query):
+        query = urlencode(query)
         try:
             answer = self.pool.request(
                 method,
                 f"{self.server}{path}" + (f"?{query}" if query else ""),
                 body=None if body is None else json.dumps(body),
-                headers={"Authorization": f"Bearer {self.token}", "Content-Type": kind},
+                headers={"Authorization": f"Bearer {self.token}", "Content-Type": kind,
+                         "Accept": accept},
                 timeout=60,
                 retries=False,
             )
@@ -79,9 +81,10 @@ class Api:
         """Creates an object; a field that the server does not know is an error, not a warning."""
         return self.call("POST", place(thing), thing, fieldValidation="Strict" if strict else "Warn")
 
-    def apply(self, thing, manager="test"):
-        path = f"{place(thing)}/{thing['metadata']['name']}"
-        query = {"fieldManager": manager, "force": "true", "fieldValidation": "Strict"}
+    def apply(self, thing, manager="test", part="", **query):
+        """Server-side apply, to a part such as `/status` if that is named."""
+        path = f"{place(thing)}/{thing['metadata']['name']}{part}"
+        query |= {"fieldManager": manager, "force": "true", "fieldValidation": "Strict"}
         return self.call("PATCH", path, thing, "application/apply-patch+yaml", **query)
 
     def merge(self, path, change):
