@@ -175,6 +175,25 @@ impl FetchError {
         }
     }
 
+    /// What it is counted as; `None` for what is no failure.
+    fn reason(&self) -> Option<&'static str> {
+        Some(match self {
+            Self::Source { source, .. } => match source {
+                SourceError::NotFound { .. } => "not_found",
+                SourceError::Denied { .. } => "denied",
+                SourceError::Changed { .. } => "changed",
+                SourceError::Unavailable { .. } => "unavailable",
+                SourceError::NoRanges { .. } | SourceError::Invalid { .. } => "invalid",
+            },
+            Self::Store { source, .. } if source.is_no_space() => "no_space",
+            Self::Store { .. } => "store",
+            Self::Mismatch { .. } => "wrong_bytes",
+            Self::Broken { .. } => "invalid",
+            Self::Defect { .. } => "defect",
+            Self::Stopped { .. } => return None,
+        })
+    }
+
     /// Whether the same request may succeed later, with nothing done about it.
     fn may_pass(&self) -> bool {
         match self {
@@ -428,8 +447,11 @@ impl Fetcher {
                 "failed"
             }
         };
-        let metrics = &self.shared.metrics;
-        metrics.fetch_ended(job.request.model.scheme(), ended, job.meter.elapsed());
+        let (metrics, scheme) = (&self.shared.metrics, job.request.model.scheme());
+        metrics.fetch_ended(scheme, ended, job.meter.elapsed());
+        if let Some(reason) = outcome.as_ref().err().and_then(FetchError::reason) {
+            metrics.fetch_failed(scheme, reason);
+        }
         ending.outcome = outcome;
     }
 
