@@ -166,16 +166,17 @@ async fn boot(
         }
     };
     let (requests, ending) = prepared;
-    if requests.is_empty() {
-        output::note("no model is named: nothing to do");
-        return Ok(ending);
-    }
+    // Also without a model: the daemon's pod may wait for the store's directory.
     let (root, limits) = (config.root.clone(), config.store_limits());
     let store = blocking::run(move || Store::open(&root, limits)).await;
     let store = store.map_err(|error| {
         let hint = error.hint().map(|hint| format!("\nhint: {hint}"));
         anyhow!("{}{}", Chain(&error), hint.unwrap_or_default())
     })?;
+    if requests.is_empty() {
+        output::note("no model is named: nothing to do");
+        return Ok(ending);
+    }
     if args.stage {
         stage(output, &store, requests).await?;
         return Ok(ending);
@@ -230,7 +231,7 @@ async fn prepare(
             requests.push(request);
         }
     }
-    if let Some(dir) = args.wait_for.as_deref().filter(|_| !requests.is_empty()) {
+    if let Some(dir) = &args.wait_for {
         mount::wait_for(dir, args.timeout.0).await?;
     }
     let ending = if list.problems.is_empty() {

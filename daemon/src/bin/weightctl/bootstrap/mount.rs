@@ -1,22 +1,15 @@
 //! Waiting for a file system. A directory where one belongs is not enough: it lies on the root disk, which a
 //! model would fill.
 
-use std::ffi::OsString;
 use std::fs;
-use std::io;
-use std::os::unix::ffi::OsStringExt;
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use tokio::time::Instant;
 
 use crate::output::{self, seconds};
-
-/// What the kernel says of this process's mounts.
-///
-/// Source: proc_pid_mountinfo(5).
-const MOUNTS: &str = "/proc/self/mountinfo";
 
 /// How often is looked.
 const LOOK: Duration = Duration::from_millis(500);
@@ -25,15 +18,7 @@ const LOOK: Duration = Duration::from_millis(500);
 pub(super) async fn wait_for(dir: &Path, timeout: Duration) -> anyhow::Result<()> {
     let begun = Instant::now();
     let mut told = false;
-    loop {
-        let mounted = is_mounted(dir).with_context(|| format!("cannot read {MOUNTS}"))?;
-        if mounted {
-            if told {
-                let waited = seconds(begun.elapsed().as_secs_f64());
-                output::note(&format!("{} is mounted, after {waited}", dir.display()));
-            }
-            return Ok(());
-        }
+    while !is_mounted(dir) {
         if begun.elapsed() >= timeout {
             let what = if dir.exists() {
                 "a directory, but no file system is mounted there"
@@ -58,69 +43,39 @@ pub(super) async fn wait_for(dir: &Path, timeout: Duration) -> anyhow::Result<()
         let left = timeout.saturating_sub(begun.elapsed());
         tokio::time::sleep(LOOK.min(left)).await;
     }
-}
-
-fn is_mounted(dir: &Path) -> io::Result<bool> {
-    let Ok(dir) = fs::canonicalize(dir) else {
-        return Ok(false);
-    };
-    Ok(names(&fs::read(MOUNTS)?, &dir))
-}
-
-/// Whether a line of `mountinfo` is of a mount at `dir`.
-fn names(mountinfo: &[u8], dir: &Path) -> bool {
-    let lines = mountinfo.split(|byte| *byte == b'\n');
-    let mut points = lines.filter_map(|line| line.split(|byte| *byte == b' ').nth(4));
-    points.any(|point| unescaped(point) == dir)
-}
-
-/// The kernel writes a space, tab, line feed and backslash as three octal digits.
-fn unescaped(field: &[u8]) -> PathBuf {
-    let mut path = Vec::with_capacity(field.len());
-    let mut rest = field;
-    while let Some((&first, after)) = rest.split_first() {
-        let digits = after.get(..3).and_then(|digits| {
-            let digits = std::str::from_utf8(digits).ok()?;
-            u8::from_str_radix(digits, 8).ok()
-        });
-        match (first, digits) {
-            (b'\\', Some(byte)) => {
-                path.push(byte);
-                rest = &after[3..];
-            }
-            _ => {
-                path.push(first);
-                rest = after;
-            }
-        }
+    if told {
+        let waited = seconds(begun.elapsed().as_secs_f64());
+        output::note(&format!("{} is mounted, after {waited}", dir.display()));
     }
-    PathBuf::from(OsString::from_vec(path))
+    Ok(())
+}
+
+/// Whether another file system begins at `dir`. The list of mounts does not tell: in a unit with `ProtectSystem`
+/// and `ReadWritePaths` a plain directory is mounted onto itself.
+fn is_mounted(dir: &Path) -> bool {
+    let device = |path: &Path| fs::metadata(path).map(|metadata| metadata.dev());
+    match (device(dir), device(&dir.join(".."))) {
+        (Ok(inside), Ok(outside)) => inside != outside || dir == Path::new("/"),
+        _ => false,
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const MOUNTINFO: &[u8] = b"22 1 8:1 / / rw shared:1 - xfs /dev/sda1 rw\n\
-        90 22 9:127 / /mnt/k8s-disks/0 rw,noatime shared:2 - xfs /dev/md127 rw\n\
-        91 22 9:127 /kubelet /var/lib/kubelet rw shared:2 - xfs /dev/md127 rw\n\
-        92 22 0:9 / /mnt/with\\040space rw - tmpfs tmpfs rw\n";
-
     #[test]
     fn a_mount_point_is_told_from_a_directory() {
-        for (dir, mounted) in [
-            ("/", true),
-            ("/mnt/k8s-disks/0", true),
-            ("/mnt/with space", true),
-            ("/mnt/k8s-disks", false),
-            ("/mnt/k8s-disks/0/weightd", false),
-            ("/mnt/k8s-disks/1", false),
+        let dir = tempfile::tempdir().unwrap();
+        for (path, mounted) in [
+            (Path::new("/"), true),
+            (Path::new("/proc"), true),
+            (Path::new("/proc/self"), false),
+            (Path::new("/nowhere"), false),
+            (dir.path(), false),
         ] {
-            assert_eq!(names(MOUNTINFO, Path::new(dir)), mounted, "{dir}");
+            assert_eq!(is_mounted(path), mounted, "{}", path.display());
         }
-        assert!(is_mounted(Path::new("/proc")).unwrap());
-        assert!(!is_mounted(tempfile::tempdir().unwrap().path()).unwrap());
-        assert!(!is_mounted(Path::new("/nowhere")).unwrap());
     }
 
     #[tokio::test(start_paused = true)]
