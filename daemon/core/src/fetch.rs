@@ -195,7 +195,8 @@ impl FetchError {
     }
 
     /// Whether the same request may succeed later, with nothing done about it.
-    fn may_pass(&self) -> bool {
+    #[must_use]
+    pub fn may_pass(&self) -> bool {
         match self {
             Self::Source { model, source } => match source {
                 SourceError::Unavailable { .. } => true,
