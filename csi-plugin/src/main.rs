@@ -7,11 +7,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use clap::Parser;
+use clap::{ArgAction, Parser};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 use weightd_csi::daemon::Daemon;
 use weightd_csi::endpoint::Endpoint;
+use weightd_csi::events::{self, Events};
 use weightd_csi::mount::Workshop;
 use weightd_csi::node::Node;
 use weightd_csi::pod::Pods;
@@ -56,6 +57,14 @@ struct Arguments {
     /// How long a mount without a pod, or a pin without a mount, is left alone, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = reconcile::GRACE.as_secs())]
     grace: u64,
+
+    /// Tell pods by Events how far their volumes are
+    #[arg(long, value_name = "BOOL", default_value_t = true, action = ArgAction::Set)]
+    events: bool,
+
+    /// How long a volume may take before its pod is told, in seconds; later words come after growing pauses
+    #[arg(long, value_name = "SECONDS", default_value_t = events::AFTER.as_secs(), value_parser = clap::value_parser!(u64).range(1..=3600))]
+    events_after: u64,
 
     /// How to reach the API server, which is asked for pod annotations; the pod's service account if left out
     #[arg(long, value_name = "FILE")]
@@ -147,6 +156,9 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         arguments.node_id.clone(),
     );
     node.publish_wait = Duration::from_secs(arguments.publish_wait);
+    let after = Duration::from_secs(arguments.events_after);
+    let tells = arguments.events && node.pods.is_some();
+    node.events = tells.then(|| Events::new(after));
     let node = Arc::new(node);
     tracing::info!(
         endpoint = %arguments.endpoint,
@@ -154,6 +166,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         daemon_socket = %arguments.daemon_socket.display(),
         kubelet_dir = %arguments.kubelet_dir.display(),
         reads_pods = node.pods.is_some(),
+        tells_pods = node.events.is_some(),
         kubeconfig = arguments.kubeconfig.map(|path| path.display().to_string()),
         version = env!("CARGO_PKG_VERSION"),
         "listening"
@@ -167,8 +180,10 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     // After the socket: kubelet may ask while what crashes left is set right.
     let grace = Duration::from_secs(arguments.grace);
     let reconciler = tokio::spawn(reconcile::run(Arc::clone(&node), grace));
+    let teller = tokio::spawn(events::run(Arc::clone(&node)));
     let served = weightd_csi::serve(listening, node, stop).await;
     reconciler.abort();
+    teller.abort();
     served.with_context(|| format!("cannot go on serving {}", arguments.endpoint))
 }
 

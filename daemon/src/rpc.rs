@@ -407,9 +407,13 @@ impl Control for ControlService {
         _: Request<wire::VolumesRequest>,
     ) -> Result<Response<wire::VolumesResponse>, Status> {
         let volumes = self.0.volumes.list().await;
+        let told = self.0.volumes.told();
         let volumes = volumes.map_err(|error| of_store(&error))?;
         Ok(Response::new(wire::VolumesResponse {
-            volumes: volumes.iter().map(convert::volume).collect(),
+            volumes: volumes
+                .iter()
+                .map(|volume| convert::volume(volume, told.get(&volume.holder)))
+                .collect(),
         }))
     }
 

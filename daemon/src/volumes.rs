@@ -19,6 +19,7 @@ mod fill;
 mod turn;
 
 use fill::Filler;
+pub use fill::Told;
 use turn::{Turn, Turns, Untold};
 
 /// How often a snapshot that was fetched may be evicted before its volume could pin it, and how often a
@@ -142,6 +143,8 @@ pub struct Volumes {
     /// Whose files were not there when they were first asked for. Kubelet gives up and asks again: that the files
     /// are there by then is no luck.
     waiting: Mutex<HashSet<Holder>>,
+    /// How far the volumes are that this process fills or has filled.
+    told: Mutex<HashMap<Holder, Told>>,
     /// The calls that are under way, by holder.
     turns: Mutex<HashMap<Holder, Weak<Turns>>>,
     stop: CancellationToken,
@@ -158,6 +161,7 @@ impl Volumes {
             access,
             filling: Mutex::default(),
             waiting: Mutex::default(),
+            told: Mutex::default(),
             turns: Mutex::default(),
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
@@ -404,7 +408,14 @@ async fn follow(
     loop {
         tokio::select! {
             biased;
-            outcome = &mut outcome => return outcome,
+            outcome = &mut outcome => {
+                // Else whoever listens would never hear of the last bytes.
+                if outcome.is_ok() && changes.has_changed().unwrap_or_default() {
+                    let now = changes.borrow_and_update().clone();
+                    report(&now, tree.borrow().clone());
+                }
+                return outcome;
+            }
             Ok(()) = changes.changed() => {
                 let now = changes.borrow_and_update().clone();
                 report(&now, tree.borrow().clone());

@@ -34,10 +34,12 @@ mod share;
 #[cfg(test)]
 mod tests;
 mod turns;
+mod wait;
 
 pub use check::CheckError;
 pub use plan::{Plan, PlannedFile};
 pub use progress::{Phase, Progress};
+pub use wait::Wait;
 
 use progress::Meter;
 use turns::{FileTurns, SnapshotTurns};

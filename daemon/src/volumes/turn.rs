@@ -149,6 +149,7 @@ impl Volumes {
 
     async fn let_go(&self, holder: &Holder, turn: OwnedMutexGuard<u64>) -> Result<u32, StoreError> {
         self.stop_filling(holder);
+        self.forget(holder);
         let (store, holder) = (Arc::clone(&self.store), holder.clone());
         blocking::run(move || {
             let _turn = turn;
