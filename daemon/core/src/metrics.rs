@@ -58,6 +58,9 @@ describe! {
     "weightd_evicted_snapshots_total" "counter" "tier: local" "Snapshots evicted to make room";
     "weightd_verified_bytes_total" "counter" "tier: local" "Bytes hashed again by scrub and verify";
     "weightd_damaged_blobs_total" "counter" "tier: local" "Blobs found damaged and set aside";
+    "weightd_warm_models" "gauge" "phase: pending, fetching, ready, failed, waiting" "Models that this node is to keep";
+    "weightd_node_tainted" "gauge" "taint: startup, warming" "Whether this node has a taint that weightd is to remove: 1 if so";
+    "weightd_kube_failures_total" "counter" "call: watch_node, watch_prefetches, watch_csinode, taint, labels, status, event" "Requests to the API server that failed";
     "weightd_shared_up" "gauge" "" "The shared tier: 2 in use, 1 only read, 0 left out or none";
     "weightd_shared_copied_bytes_total" "counter" "" "Bytes copied from the shared tier";
     "weightd_shared_written_bytes_total" "counter" "" "Bytes written to the shared tier";
@@ -120,6 +123,21 @@ const FAILURES: [&str; 9] = [
     "defect",
 ];
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfPhase {
+    phase: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfTaint {
+    taint: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfCall {
+    call: &'static str,
+}
+
 const LOCAL: OfTier = OfTier { tier: "local" };
 
 /// The counters of one process.
@@ -147,6 +165,9 @@ pub struct Metrics {
     evicted_snapshots: Family<OfTier, Counter>,
     verified_bytes: Family<OfTier, Counter>,
     damaged_blobs: Family<OfTier, Counter>,
+    warm_models: Family<OfPhase, Gauge>,
+    node_tainted: Family<OfTaint, Gauge>,
+    kube_failures: Family<OfCall, Counter>,
     shared_up: Gauge,
     shared_copied: Counter,
     shared_written: Counter,
@@ -193,6 +214,9 @@ impl Default for Metrics {
             evicted_snapshots: Family::default(),
             verified_bytes: Family::default(),
             damaged_blobs: Family::default(),
+            warm_models: Family::default(),
+            node_tainted: Family::default(),
+            kube_failures: Family::default(),
             shared_up: Gauge::default(),
             shared_copied: Counter::default(),
             shared_written: Counter::default(),
@@ -243,6 +267,9 @@ impl Metrics {
             "weightd_evicted_snapshots_total" evicted_snapshots;
             "weightd_verified_bytes_total" verified_bytes;
             "weightd_damaged_blobs_total" damaged_blobs;
+            "weightd_warm_models" warm_models;
+            "weightd_node_tainted" node_tainted;
+            "weightd_kube_failures_total" kube_failures;
             "weightd_shared_up" shared_up;
             "weightd_shared_copied_bytes_total" shared_copied;
             "weightd_shared_written_bytes_total" shared_written;
@@ -283,6 +310,23 @@ impl Metrics {
         for found in ["here", "waited"] {
             let _ = self.volumes.get_or_create(&OfFound { found });
             let _ = self.volume_bytes.get_or_create(&OfFound { found });
+        }
+        for call in [
+            "watch_node",
+            "watch_prefetches",
+            "watch_csinode",
+            "taint",
+            "labels",
+            "status",
+            "event",
+        ] {
+            let _ = self.kube_failures.get_or_create(&OfCall { call });
+        }
+        for phase in ["pending", "fetching", "ready", "failed", "waiting"] {
+            self.warm_models(phase, 0);
+        }
+        for taint in ["startup", "warming"] {
+            self.tainted(taint, false);
         }
         for reason in ["away", "unwritable", "damaged", "write"] {
             let _ = self.shared_failures.get_or_create(&OfReason { reason });
@@ -332,6 +376,23 @@ impl Metrics {
         self.volumes.get_or_create(&found).inc();
         let bytes = bytes.unwrap_or_default();
         self.volume_bytes.get_or_create(&found).inc_by(bytes);
+    }
+
+    /// Shows how many models of the warm set are in one phase.
+    pub fn warm_models(&self, phase: &'static str, models: usize) {
+        let gauge = self.warm_models.get_or_create(&OfPhase { phase });
+        gauge.set(i64::try_from(models).unwrap_or(i64::MAX));
+    }
+
+    /// Shows whether this node has one of our taints: `startup` or `warming`.
+    pub fn tainted(&self, taint: &'static str, is_there: bool) {
+        let gauge = self.node_tainted.get_or_create(&OfTaint { taint });
+        gauge.set(i64::from(is_there));
+    }
+
+    /// Counts a request to the API server that failed; `call` is one of those that the metric's description lists.
+    pub fn kube_failed(&self, call: &'static str) {
+        self.kube_failures.get_or_create(&OfCall { call }).inc();
     }
 
     /// All metrics in the OpenMetrics text format.
