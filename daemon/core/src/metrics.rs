@@ -65,6 +65,9 @@ describe! {
     "weightd_shared_copied_bytes_total" "counter" "" "Bytes copied from the shared tier";
     "weightd_shared_written_bytes_total" "counter" "" "Bytes written to the shared tier";
     "weightd_shared_failures_total" "counter" "reason: away, unwritable, damaged, write" "Times that the shared tier was left out, could not be written, held damaged bytes, did not take a segment";
+    "weightd_leader" "gauge" "" "Of `weightd controller`: 1 while it is the one that does what only one may do";
+    "weightd_admission_total" "counter" "outcome: injected, unchanged, warned, invalid" "Of `weightd controller`: pods that the webhook was asked about; warned are those whose author is told of a mistake";
+    "weightd_pending_fills_total" "counter" "outcome: filled, there, denied, failed, stopped" "Of `weightd controller`: models that pods without a node wait for";
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -172,6 +175,9 @@ pub struct Metrics {
     shared_copied: Counter,
     shared_written: Counter,
     shared_failures: Family<OfReason, Counter>,
+    leader: Gauge,
+    admissions: Family<OfOutcome, Counter>,
+    pending_fills: Family<OfOutcome, Counter>,
 }
 
 /// A volume that kubelet waits for: counted until it is dropped.
@@ -221,6 +227,9 @@ impl Default for Metrics {
             shared_copied: Counter::default(),
             shared_written: Counter::default(),
             shared_failures: Family::default(),
+            leader: Gauge::default(),
+            admissions: Family::default(),
+            pending_fills: Family::default(),
         };
         metrics.register();
         metrics.start_at_zero();
@@ -274,6 +283,9 @@ impl Metrics {
             "weightd_shared_copied_bytes_total" shared_copied;
             "weightd_shared_written_bytes_total" shared_written;
             "weightd_shared_failures_total" shared_failures;
+            "weightd_leader" leader;
+            "weightd_admission_total" admissions;
+            "weightd_pending_fills_total" pending_fills;
         }
     }
 
@@ -331,6 +343,12 @@ impl Metrics {
         for reason in ["away", "unwritable", "damaged", "write"] {
             let _ = self.shared_failures.get_or_create(&OfReason { reason });
         }
+        for outcome in ["injected", "unchanged", "warned", "invalid"] {
+            let _ = self.admissions.get_or_create(&OfOutcome { outcome });
+        }
+        for outcome in ["filled", "there", "denied", "failed", "stopped"] {
+            let _ = self.pending_fills.get_or_create(&OfOutcome { outcome });
+        }
         self.evicted(0, 0);
         self.verified(0, 0);
     }
@@ -354,6 +372,22 @@ impl Metrics {
             Reach::ReadOnly => 1,
             Reach::Full => 2,
         });
+    }
+
+    /// Shows whether this controller leads.
+    pub fn leads(&self, leads: bool) {
+        self.leader.set(leads.into());
+    }
+
+    /// Counts a pod that the webhook was asked about: `injected`, `unchanged`, `warned` or `invalid`.
+    pub fn admitted(&self, outcome: &'static str) {
+        self.admissions.get_or_create(&OfOutcome { outcome }).inc();
+    }
+
+    /// Counts a model that pods without a node wait for: `filled`, `there`, `denied`, `failed` or `stopped`.
+    pub fn pending_fill(&self, outcome: &'static str) {
+        let outcome = OfOutcome { outcome };
+        self.pending_fills.get_or_create(&outcome).inc();
     }
 
     /// Counts a volume that a pod asked for: `ok`, `denied` or `failed`.
