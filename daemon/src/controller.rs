@@ -30,6 +30,7 @@ mod certificate;
 mod election;
 mod inject;
 mod pending;
+mod summary;
 #[cfg(test)]
 mod testing;
 mod tls;
@@ -253,7 +254,13 @@ impl Controller {
             }
         };
         let fill = self.fill_for_pending(term.clone());
-        tokio::join!(term.run_until_cancelled(renew), fill, term.cancelled());
+        let sum_up = summary::run(self.client.clone());
+        tokio::join!(
+            term.run_until_cancelled(renew),
+            term.run_until_cancelled(sum_up),
+            fill,
+            term.cancelled(),
+        );
     }
 
     /// Fills the shared tier for pods without a node, if there is one.
