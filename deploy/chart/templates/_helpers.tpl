@@ -70,6 +70,10 @@ section [controller], which is no reason to start daemons anew: (dict "root" $ "
 {{- with .Values.shared.filesystem }}{{- $_ := set $shared "filesystem" . }}{{- end -}}
 {{- $_ := set $config "shared" (merge $shared (default dict $config.shared)) -}}
 {{- end -}}
+{{- if hasKey (default dict $config.store) "selinux_label" }}{{ fail "config.store.selinux_label is derived: set the values below `selinux` instead" }}{{ end -}}
+{{- if .Values.selinux.enabled -}}
+{{- $_ := set $config "store" (merge (dict "selinux_label" .Values.selinux.storeLabel) (default dict $config.store)) -}}
+{{- end -}}
 {{- if .Values.hf.tokenSecret.name -}}
 {{- $_ := set $config "hf" (merge (dict "token_file" "/etc/weightd-hf/token") (default dict $config.hf)) -}}
 {{- end -}}
