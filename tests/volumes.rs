@@ -8,8 +8,12 @@ mod annotations;
 mod api;
 #[path = "volumes/buckets.rs"]
 mod buckets;
+#[path = "volumes/events.rs"]
+mod events;
 #[path = "volumes/filling.rs"]
 mod filling;
+#[path = "volumes/ledger.rs"]
+mod ledger;
 #[path = "volumes/mounts.rs"]
 mod mounts;
 #[path = "volumes/node.rs"]
