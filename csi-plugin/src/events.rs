@@ -28,8 +28,9 @@ use weightd_proto::weightd::v1::{Acquired, Progress, Volume};
 
 use crate::daemon::Daemon;
 use crate::node::Node;
-use crate::pod::PodName;
-use crate::volume::Target;
+use crate::node::words::chain;
+use crate::pod::{PodName, Pods};
+use crate::volume::{self, Target};
 use post::{Budget, Poster, Refusal};
 use story::{Story, Turn};
 
@@ -64,8 +65,33 @@ pub(crate) struct Telling(Option<(Events, String)>);
 /// Tells the pods of `node` until it is dropped, if there is a way to.
 pub async fn run(node: Arc<Node>) {
     if let (Some(events), Some(pods)) = (&node.events, &node.pods) {
-        events.run(pods.client(), &node.node_id, &node.daemon).await;
+        let filled = async {
+            events.resume(&node, pods).await;
+            events.watch(&node.daemon).await;
+        };
+        tokio::join!(events.write(pods.client(), &node.node_id), filled);
     }
+}
+
+/// Holder, volume and pod of all that is mounted and not complete.
+async fn unfinished(node: &Node, pods: &Pods) -> Result<Vec<(String, String, PodName)>, String> {
+    let volumes = node.daemon.volumes().await;
+    let volumes = volumes.map_err(|status| status.message().to_owned())?;
+    let volumes: Vec<_> = volumes
+        .into_iter()
+        .filter(|volume| !volume.complete)
+        .collect();
+    if volumes.is_empty() {
+        return Ok(Vec::new());
+    }
+    let pods = pods.on(&node.node_id).await;
+    let pods = pods.map_err(|error| chain(&error))?;
+    let found = volumes.into_iter().filter_map(|found| {
+        let (uid, volume) = volume::of_holder(&found.holder)?;
+        let pod = pods.get(uid)?.clone();
+        Some((found.holder.clone(), volume.to_owned(), pod))
+    });
+    Ok(found.collect())
 }
 
 impl Events {
@@ -122,11 +148,30 @@ impl Events {
         }
     }
 
-    /// Writes until it is dropped, as node `node_id`.
-    async fn run(&self, client: Client, node_id: &str, daemon: &Daemon) {
-        tokio::join!(self.write(client, node_id), self.watch(daemon));
+    /// Goes on with the volumes that were mounted before this process began, and are not complete: kubelet does
+    /// not ask for them again.
+    async fn resume(&self, node: &Node, pods: &Pods) {
+        let mut pause = AWAY.0;
+        loop {
+            match unfinished(node, pods).await {
+                Ok(found) => {
+                    let now = Instant::now();
+                    let mut stories = self.stories();
+                    for (holder, volume, pod) in found.into_iter().take(MOST) {
+                        stories
+                            .entry(holder)
+                            .or_insert_with(|| Story::resume(pod, volume, now, self.0.after));
+                    }
+                    return;
+                }
+                Err(error) => tracing::debug!(error, "volumes that are filled not known yet"),
+            }
+            sleep(pause).await;
+            pause = (pause * 2).min(AWAY.1);
+        }
     }
 
+    /// Writes until it is dropped, as node `node_id`.
     async fn write(&self, client: Client, node_id: &str) {
         let poster = Poster::new(client, node_id);
         let mut budget = Budget::full(Instant::now());

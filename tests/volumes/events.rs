@@ -213,6 +213,27 @@ async fn a_volume_that_is_mounted_at_once_is_told_of_until_it_is_complete() {
 }
 
 #[tokio::test]
+async fn a_new_plugin_goes_on_telling_of_a_volume_that_is_filled() {
+    let mut cluster = Cluster::running().await;
+    cluster.stall();
+    let early = ask(&cluster, "web", &[("source", MODEL), ("mode", "async")]);
+    cluster.node.publish(&early).await.expect("mounted");
+    cluster.told(&early, "WeightsFetching", &[]).await;
+
+    cluster.node.kill_plugin();
+    cluster.node.start_plugin().await;
+
+    while cluster.events(&early)[0].count < 2 {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    cluster.node.hub.clear_faults();
+    let words = ["volume `model` is complete with hf://org/model"];
+    let events = cluster.told(&early, "WeightsReady", &words).await;
+    let expected = [("Normal", "WeightsFetching"), ("Normal", "WeightsReady")];
+    assert_eq!(reasons(&events), expected);
+}
+
+#[tokio::test]
 async fn a_volume_that_is_unmounted_while_it_is_filled_is_told_of_no_more() {
     let cluster = Cluster::running().await;
     cluster.stall();

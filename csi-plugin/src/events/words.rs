@@ -15,8 +15,7 @@ pub(super) fn fetching(
     mounted: bool,
     progress: Option<&Progress>,
 ) -> String {
-    let named = progress.map_or("", |now| now.model.as_str());
-    let model = shorten(if model.is_empty() { named } else { model });
+    let model = shorten(model);
     let doing = match mounted {
         true => format!("filling volume `{volume}`, which is mounted already, with {model}"),
         false => format!("fetching {model} for volume `{volume}`"),
