@@ -16,7 +16,8 @@ mod story;
 mod tests;
 mod words;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -57,6 +58,8 @@ struct Shared {
     stories: Mutex<HashMap<String, Story>>,
     changed: Notify,
     after: Duration,
+    /// There are too many, and that was logged.
+    crowded: AtomicBool,
 }
 
 /// Tells of one volume while a call works on it. Without API server it tells nobody.
@@ -102,6 +105,7 @@ impl Events {
             stories: Mutex::default(),
             changed: Notify::new(),
             after,
+            crowded: AtomicBool::new(false),
         }))
     }
 
@@ -112,12 +116,15 @@ impl Events {
         if !stories.contains_key(&target.holder) {
             stories.retain(|_, story| !story.is_forgotten(now, FORGOTTEN));
             if stories.len() >= MOST {
-                tracing::warn!(
-                    volumes = MOST,
-                    "too many volumes wait, the pods of some are told nothing"
-                );
+                if !self.0.crowded.swap(true, Ordering::Relaxed) {
+                    tracing::warn!(
+                        volumes = MOST,
+                        "too many volumes wait, the pods of some are told nothing"
+                    );
+                }
                 return Telling::nobody();
             }
+            self.0.crowded.store(false, Ordering::Relaxed);
         }
         let story = stories
             .entry(target.holder.clone())
@@ -226,7 +233,12 @@ impl Events {
     async fn watch(&self, daemon: &Daemon) {
         loop {
             sleep(self.0.after / 2).await;
-            if !self.stories().values().any(Story::is_filling) {
+            let filling: HashSet<String> = {
+                let stories = self.stories();
+                let filling = stories.iter().filter(|(_, story)| story.is_filling());
+                filling.map(|(holder, _)| holder.clone()).collect()
+            };
+            if filling.is_empty() {
                 continue;
             }
             // An answer that fails is no news: kubelet or the reconciler tell of a daemon that is away.
@@ -239,7 +251,8 @@ impl Events {
                 .collect();
             let now = Instant::now();
             self.stories().retain(|holder, story| {
-                let seen = !story.is_filling() || volumes.contains_key(holder.as_str());
+                // One that was mounted meanwhile may not be in the answer yet.
+                let seen = !filling.contains(holder) || volumes.contains_key(holder.as_str());
                 if let Some(volume) = volumes.get(holder.as_str()) {
                     story.filled(volume, now);
                 }
