@@ -10,6 +10,8 @@ mod api;
 mod buckets;
 #[path = "volumes/events.rs"]
 mod events;
+#[path = "volumes/expose.rs"]
+mod expose;
 #[path = "volumes/filling.rs"]
 mod filling;
 #[path = "volumes/ledger.rs"]

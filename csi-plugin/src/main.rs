@@ -24,7 +24,10 @@ const DEFAULT_FILTER: &str = "info,kube_client::client::builder=off";
 
 /// The CSI plugin of weightd: mounts verified model weights, read-only, into pods.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(
+    version,
+    after_help = "`weightd-csi expose --help`: shows a directory, such as that of a volume claim, to the node."
+)]
 struct Arguments {
     /// The socket on which kubelet calls: unix:///path/to/csi.sock
     #[arg(long, env = "CSI_ENDPOINT", value_name = "URL")]
@@ -68,17 +71,63 @@ struct Arguments {
     kubeconfig: Option<PathBuf>,
 }
 
+/// Shows a directory at another place of the node until SIGTERM: the volume claim of the shared tier, which the
+/// daemon is not to depend on.
+#[derive(Debug, Parser)]
+#[command(name = "weightd-csi expose", version)]
+struct Expose {
+    /// The directory to show
+    #[arg(long, value_name = "DIR", value_parser = absolute)]
+    from: PathBuf,
+
+    /// Where to show it, below a directory that propagates to the node; made if it is not there
+    #[arg(long, value_name = "DIR", value_parser = absolute)]
+    to: PathBuf,
+}
+
+fn absolute(given: &str) -> Result<PathBuf, &'static str> {
+    let path = PathBuf::from(given);
+    path.is_absolute()
+        .then_some(path)
+        .ok_or("write an absolute path")
+}
+
 #[tokio::main]
 async fn main() -> ExitCode {
+    let mut words = std::env::args_os();
+    let program = words.next();
+    let rest: Vec<_> = words.collect();
+    if rest.first().is_some_and(|word| word == "expose") {
+        let arguments = Expose::parse_from(program.into_iter().chain(rest.into_iter().skip(1)));
+        log();
+        let code = told(expose(arguments).await, "not exposed any more");
+        // A call that hangs in a file system that is away would keep the runtime from ending.
+        std::process::exit(code.into());
+    }
     let arguments = Arguments::parse();
     log();
-    match run(arguments).await {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            tracing::error!(error = format!("{error:#}"), "plugin failed");
-            ExitCode::FAILURE
+    told(run(arguments).await, "plugin failed").into()
+}
+
+/// Tells of the error, and gives the exit code.
+fn told(outcome: anyhow::Result<()>, what: &'static str) -> u8 {
+    let Err(error) = outcome else { return 0 };
+    tracing::error!(error = format!("{error:#}"), "{what}");
+    1
+}
+
+async fn expose(arguments: Expose) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot catch SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot catch SIGINT")?;
+    let stop = async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
         }
-    }
+    };
+    let Expose { from, to } = arguments;
+    let what = format!("cannot show {} at {}", from.display(), to.display());
+    weightd_csi::expose::run(from, to, stop).await.context(what)
 }
 
 async fn run(arguments: Arguments) -> anyhow::Result<()> {

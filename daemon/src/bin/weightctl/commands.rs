@@ -29,6 +29,9 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<()> {
         } if crate::shared::is_meant(tier, shared, partial)? => {
             return crate::shared::gc(&cli.global, output, shared.clone()).await;
         }
+        Command::Bootstrap(args) => {
+            return crate::bootstrap::run(output, &cli.global, &args).await;
+        }
         Command::Import { dir, copy } => {
             return crate::shared::import(&cli.global, output, dir, copy).await;
         }
@@ -78,7 +81,8 @@ async fn dispatch(client: &mut Client, output: Output, command: Command) -> anyh
         Command::Verify { model, files } => verify(client, output, model, files).await,
         #[cfg(feature = "demo")]
         Command::Demo(_) => unreachable!("it needs no backend"),
-        Command::Completions { .. }
+        Command::Bootstrap(_)
+        | Command::Completions { .. }
         | Command::Doctor(_)
         | Command::Import { .. }
         | Command::Man { .. }
