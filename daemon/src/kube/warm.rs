@@ -23,8 +23,6 @@ mod entry;
 mod pins;
 mod status;
 mod teller;
-#[cfg(test)]
-mod tests;
 
 pub(super) use desired::ObjectView;
 
@@ -180,7 +178,9 @@ impl Warm {
 
     fn take_on(&mut self, origin: Origin, wish: Wish, view: Option<&NodeView>) {
         match &wish {
-            Ok(target) => tracing::info!(model = %target.request.model, ?origin, "model to be kept"),
+            Ok(target) => {
+                tracing::info!(model = %target.request.model, ?origin, "model to be kept")
+            }
             Err(reason) => {
                 tracing::warn!(?origin, reason, "a model to be kept makes no sense");
                 if let (Origin::Node(_), Some(node), Some(view)) = (&origin, &self.node, view) {
@@ -226,7 +226,10 @@ impl Warm {
     fn start_due(&mut self) {
         let now = Instant::now();
         while self.fetches.len() < AT_ONCE {
-            let due = self.entries.iter_mut().filter(|(_, entry)| entry.is_due(now));
+            let due = self
+                .entries
+                .iter_mut()
+                .filter(|(_, entry)| entry.is_due(now));
             let next = due.min_by_key(|(_, entry)| {
                 std::cmp::Reverse(entry.target().map_or(i32::MIN, |target| target.priority))
             });

@@ -116,7 +116,10 @@ pub(super) fn of_config(requests: Vec<FetchRequest>) -> BTreeMap<Origin, Wish> {
         },
         None => Target {
             request: FetchRequest {
-                pin: Some(holder(OF_CONFIG, &spelled(&request.model, &request.patterns))),
+                pin: Some(holder(
+                    OF_CONFIG,
+                    &spelled(&request.model, &request.patterns),
+                )),
                 ..request
             },
             pin: false,
@@ -188,7 +191,8 @@ fn holder(prefix: &str, text: &str) -> Holder {
         true => c,
         false => '-',
     };
-    let mut name: String = text.chars().map(keep).collect();
+    let dotted = text.replace("://", ".").replace('/', ".");
+    let mut name: String = dotted.chars().map(keep).collect();
     if name != text || prefix.len() + name.len() > LONGEST {
         let hash = Digest::of(text.as_bytes()).to_string();
         name = name.chars().take(60).collect();
@@ -256,7 +260,10 @@ mod tests {
             .collect();
         assert_eq!(wanted.len(), 3);
         assert_eq!(failed.len(), 2, "{failed:?}");
-        assert!(failed.iter().all(|text| text.contains(PREFETCH)), "{failed:?}");
+        assert!(
+            failed.iter().all(|text| text.contains(PREFETCH)),
+            "{failed:?}"
+        );
     }
 
     #[test]
@@ -280,7 +287,10 @@ mod tests {
         for (spec, words) in [
             (json!({ "source": "hf://a/b/c" }), "org/name"),
             (json!({ "sauce": "hf://org/model" }), "cannot read it"),
-            (json!({ "source": "hf://org/model", "include": ["["] }), "pattern"),
+            (
+                json!({ "source": "hf://org/model", "include": ["["] }),
+                "pattern",
+            ),
         ] {
             let error = wishes(spec.clone(), &[])[0].clone().unwrap_err();
             assert!(error.contains(words), "{spec}: {error}");
