@@ -457,13 +457,54 @@ async fn without_rights_the_configuration_counts_and_metrics_tell() {
 
     let daemon = Daemon::start_with(&home, &server, Models::default(), config, |_| ());
 
-    becomes(
-        vec![held("hf://org/a", 'a', Some("operator/serving"))],
-        || daemon.held(),
-    )
-    .await;
+    becomes(true, || holders(&daemon).contains("operator/serving")).await;
     let counted = || daemon.metrics.encode().contains("{call=\"watch_node\"} 0");
     becomes(false, counted).await;
+    daemon.end().await;
+}
+
+/// Who holds something.
+fn holders(daemon: &Daemon) -> String {
+    let held = daemon.held().into_iter();
+    held.flat_map(|(_, holders)| holders)
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+#[tokio::test]
+async fn what_the_configuration_names_no_more_is_let_go_and_what_others_hold_stays() {
+    let (home, server) = (tempfile::tempdir().unwrap(), Server::start().await);
+    server.put(NODES, node("", &[]));
+    let serving = Holder::operator("serving").unwrap();
+    let entry = |model: &str| FetchRequest {
+        model: model.parse().unwrap(),
+        patterns: Patterns::default(),
+        pin: Some(serving.clone()),
+    };
+    let config = vec![entry("hf://org/a"), entry("hf://org/b")];
+    let models = Models::default;
+    let daemon = Daemon::start_with(&home, &server, models(), config, |_| ());
+    becomes(2, || holders(&daemon).matches("warm.named.").count()).await;
+    let all = daemon.fetcher.store().snapshots().unwrap();
+    let of = |model: &str| {
+        let found = all.iter().find(|one| one.manifest.model.name() == model);
+        found.unwrap().manifest.snapshot.clone()
+    };
+    let other = Holder::operator("other").unwrap();
+    daemon.fetcher.store().pin(&of("org/a"), &other).unwrap();
+    daemon.end().await;
+
+    let daemon = Daemon::start_with(&home, &server, models(), vec![entry("hf://org/b")], |_| ());
+
+    let expected = held("hf://org/a", 'a', Some("operator/other"));
+    becomes(Some(expected), || daemon.held().into_iter().next()).await;
+    let kept = daemon
+        .fetcher
+        .store()
+        .snapshot(&of("org/b"))
+        .unwrap()
+        .unwrap();
+    assert!(kept.pinned_by.contains(&serving), "{kept:?}");
     daemon.end().await;
 }
 

@@ -1,7 +1,8 @@
 //! The models that this node is to keep: those of the configuration, of the Node's annotation `weightd.io/prefetch` and of
 //! the `ModelPrefetch` objects that select it.
 //!
-//! Each entry has a holder of its own in the store (`operator/warm.node.…`, `operator/warm.object.…`), so what is no longer
+//! Each entry has a holder of its own in the store (`operator/warm.node.…`, `operator/warm.object.…`; for one whose
+//! holder the configuration names, `operator/warm.named.…` marks what that holds for it), so what is no longer
 //! wanted is let go also if it was removed while no daemon ran; but never before the API server has told all of that part, so
 //! one that is away changes nothing. A name that can move, such as `@main`, is resolved when the daemon starts and
 //! when its entry changes; what it stood for before is let go when the new revision is known.
@@ -202,7 +203,7 @@ impl Warm {
     /// Lets go of what is held for entries that are gone, also those of a former daemon.
     async fn settle(&mut self) {
         let targets = self.entries.values().filter_map(Entry::target);
-        let holders = targets.filter_map(|target| target.request.pin.clone());
+        let holders = targets.filter_map(|target| target.own_holder().cloned());
         let now = (self.known(), holders.collect::<BTreeSet<_>>());
         if self.settled.as_ref() == Some(&now) {
             return;

@@ -19,6 +19,8 @@ pub(super) const OF_NODE: &str = "warm.node.";
 /// The same, for objects.
 pub(super) const OF_OBJECTS: &str = "warm.object.";
 const OF_CONFIG: &str = "warm.config.";
+/// The same, for marks.
+const MARKS: &str = "warm.named.";
 
 /// Where it is said.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -38,9 +40,17 @@ pub(super) struct Target {
     pub(super) request: FetchRequest,
     /// Hold it as long as it is wanted.
     pub(super) pin: bool,
-    /// Whoever holds holds nothing but this.
-    pub(super) only: bool,
+    /// If the configuration names the holder, which may hold other things for other reasons: a second one that says
+    /// what is held for this entry.
+    pub(super) mark: Option<Holder>,
     pub(super) priority: i32,
+}
+
+impl Target {
+    /// Who holds what is held for this, and nothing else.
+    pub(super) fn own_holder(&self) -> Option<&Holder> {
+        self.mark.as_ref().or(self.request.pin.as_ref())
+    }
 }
 
 /// What one origin wants, or why that cannot be told.
@@ -99,7 +109,7 @@ impl ObjectView {
                 pin: Some(holder(OF_OBJECTS, name)),
             },
             pin: spec.pin,
-            only: true,
+            mark: None,
             priority: spec.priority,
         }))
     }
@@ -108,10 +118,10 @@ impl ObjectView {
 /// What the configuration wants.
 pub(super) fn of_config(requests: Vec<FetchRequest>) -> BTreeMap<Origin, Wish> {
     let target = |request: FetchRequest| match &request.pin {
-        Some(_) => Target {
+        Some(named) => Target {
+            mark: mark(named, &spelled(&request.model, &request.patterns)),
             request,
             pin: true,
-            only: false,
             priority: 0,
         },
         None => Target {
@@ -123,7 +133,7 @@ pub(super) fn of_config(requests: Vec<FetchRequest>) -> BTreeMap<Origin, Wish> {
                 ..request
             },
             pin: false,
-            only: true,
+            mark: None,
             priority: 0,
         },
     };
@@ -159,7 +169,7 @@ fn of_text(text: &str) -> Wish {
             patterns: Patterns::default(),
         },
         pin: true,
-        only: true,
+        mark: None,
         priority: 0,
     })
 }
@@ -199,6 +209,23 @@ fn holder(prefix: &str, text: &str) -> Holder {
         name = format!("{name}-{}", &hash[..12]);
     }
     Holder::operator(&format!("{prefix}{name}")).expect("its characters and length were seen to")
+}
+
+/// The mark of an entry of the configuration that names its holder. `None` if the name is too long to have one.
+fn mark(named: &Holder, entry: &str) -> Option<Holder> {
+    let hash = Digest::of(entry.as_bytes()).to_string();
+    let name = named.as_str().strip_prefix("operator/")?;
+    Holder::operator(&format!("{MARKS}{}.{name}", &hash[..12])).ok()
+}
+
+/// The holder that the configuration named, if `mark` is a mark.
+pub(super) fn named(mark: &Holder) -> Option<Holder> {
+    let (_, name) = mark
+        .as_str()
+        .strip_prefix("operator/")?
+        .strip_prefix(MARKS)?
+        .split_once('.')?;
+    Holder::operator(name).ok()
 }
 
 #[cfg(test)]
@@ -327,8 +354,10 @@ mod tests {
         let wanted = of_config(vec![request(Some("serving")), request(None)]);
 
         let of = |n| wanted[&Origin::Config(n)].clone().unwrap();
-        assert_eq!(of(0).request.pin.unwrap().as_str(), "operator/serving");
-        assert!(of(0).pin && !of(0).only);
+        let serving = of(0).request.pin.unwrap();
+        assert_eq!(serving.as_str(), "operator/serving");
+        assert!(of(0).pin);
+        assert_eq!(named(&of(0).mark.unwrap()), Some(serving));
         assert!(!of(1).pin && of(1).request.pin.unwrap().as_str().contains("warm.config."));
     }
 }
