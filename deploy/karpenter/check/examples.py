@@ -104,4 +104,5 @@ def main():
     common.finish("deploy/examples")
 
 
-main()
+if __name__ == "__main__":
+    main()
