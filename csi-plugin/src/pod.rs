@@ -7,7 +7,6 @@ mod error;
 mod tests;
 
 use std::collections::{BTreeMap, HashSet};
-use std::env;
 use std::fmt;
 use std::path::Path;
 use std::pin::pin;
@@ -15,14 +14,16 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Api, ListParams};
-use kube::config::{Config, KubeConfigOptions, Kubeconfig};
 use kube::core::PartialObjectMeta;
 use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Client, Error};
 use tokio::time::{sleep, timeout};
 use tokio_stream::StreamExt;
 
-pub use error::{Cause, ConnectError, PodError};
+use weightd_kube::Timeouts;
+pub use weightd_kube::{Cause, ConnectError};
+
+pub use error::PodError;
 
 /// The annotation of a mirror pod that holds the uid its static pod has on the node.
 ///
@@ -64,12 +65,8 @@ pub struct Pods {
 
 #[derive(Clone, Copy)]
 struct Limits {
-    /// For a connection with its TLS handshake.
-    connect: Duration,
-    /// For a call with all its pages.
-    call: Duration,
-    /// For a connection without a byte. More than `watch_s`, at whose end the server sends one.
-    idle: Duration,
+    /// Of a call. A connection may be silent for longer than `watch_s`, at whose end the server sends a byte.
+    timeouts: Timeouts,
     /// After how many seconds the server ends a watch. Later than that plus 5 s a dead one is noticed.
     watch_s: u32,
     /// After the first failure of a watch; it doubles with each in a row.
@@ -79,9 +76,11 @@ struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            connect: Duration::from_secs(3),
-            call: Duration::from_secs(9),
-            idle: Duration::from_secs(75),
+            timeouts: Timeouts {
+                connect: Duration::from_secs(3),
+                call: Duration::from_secs(9),
+                idle: Duration::from_secs(75),
+            },
             watch_s: 60,
             pause: Duration::from_millis(500),
         }
@@ -112,28 +111,12 @@ impl Pods {
     ///
     /// [`ConnectError`] if the kubeconfig or the service account cannot be used.
     pub async fn connect(kubeconfig: Option<&Path>) -> Result<Option<Self>, ConnectError> {
-        let in_cluster = env::var_os("KUBERNETES_SERVICE_HOST").is_some();
-        Self::open(kubeconfig, in_cluster, Limits::default()).await
+        Self::open(kubeconfig, Limits::default()).await
     }
 
-    async fn open(
-        kubeconfig: Option<&Path>,
-        in_cluster: bool,
-        limits: Limits,
-    ) -> Result<Option<Self>, ConnectError> {
-        if kubeconfig.is_none() && !in_cluster {
-            return Ok(None);
-        }
-        match client(kubeconfig, limits).await {
-            Ok(client) => Ok(Some(Self { client, limits })),
-            Err(source) => Err(match kubeconfig {
-                Some(path) => ConnectError::Kubeconfig {
-                    path: path.to_owned(),
-                    source,
-                },
-                None => ConnectError::ServiceAccount { source },
-            }),
-        }
+    async fn open(kubeconfig: Option<&Path>, limits: Limits) -> Result<Option<Self>, ConnectError> {
+        let client = weightd_kube::connect(kubeconfig, limits.timeouts).await?;
+        Ok(client.map(|client| Self { client, limits }))
     }
 
     /// The annotations of `pod`. Answers within 9 s.
@@ -222,35 +205,23 @@ impl Pods {
         }
     }
 
+    /// The way to the server.
+    #[must_use]
+    pub fn client(&self) -> Client {
+        self.client.clone()
+    }
+
     /// The namespace of `pod`.
     fn beside(&self, pod: &PodName) -> Api<Metadata> {
         Api::namespaced(self.client.clone(), &pod.namespace)
     }
 
     async fn in_time<T>(&self, call: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-        let limit = self.limits.call;
+        let limit = self.limits.timeouts.call;
         timeout(limit, call)
             .await
             .unwrap_or_else(|_| Err(Error::Service(Box::new(Slow(limit)))))
     }
-}
-
-async fn client(kubeconfig: Option<&Path>, limits: Limits) -> Result<Client, Cause> {
-    let mut config = match kubeconfig {
-        Some(path) => {
-            let file = Kubeconfig::read_from(path)?;
-            Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?
-        }
-        None => Config::incluster()?,
-    };
-    config.connect_timeout = Some(limits.connect);
-    config.write_timeout = Some(limits.call);
-    config.read_timeout = Some(limits.idle);
-    // Else the time that a connection was not needed would count as silence of the server.
-    config.reset_reader_on_write = true;
-    // A server may ask for retries later than a call may last, and kubelet calls again anyway.
-    config.default_retry = false;
-    Ok(Client::try_from(config)?)
 }
 
 /// Under which uids kubelet may know the pod.

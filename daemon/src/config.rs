@@ -1,7 +1,6 @@
 //! What an operator sets: one TOML file, every value checked before any socket opens.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -12,14 +11,15 @@ use weightd_core::model::{ModelRef, Patterns};
 use weightd_core::shared::{Egress, SharedConfig, SharedOptions, is_segment};
 use weightd_core::store::{Holder, StoreLimits};
 
-use crate::access::{AccessLimits, PATIENCE, Policy, Rule};
+use crate::access::{AccessLimits, PATIENCE, Policy};
 use crate::sources::hf::{HfConfig, HfConfigError};
 use crate::sources::s3::{S3Config, S3Identity};
-use crate::telemetry::LogFormat;
 
+mod sections;
 mod settings;
 mod units;
 
+pub use sections::*;
 pub use settings::{SETTINGS, Setting};
 pub use units::{Bytes, Span};
 
@@ -45,95 +45,9 @@ pub struct Config {
     pub log: LogSection,
     pub shutdown: ShutdownSection,
     pub shared: SharedSection,
+    pub kubernetes: KubernetesSection,
+    pub controller: ControllerSection,
     pub prefetch: Vec<Prefetch>,
-}
-
-macro_rules! section {
-    ($name:ident { $($field:ident: $type:ty = $default:expr,)* }) => {
-        #[allow(missing_docs, reason = "SETTINGS says what each key means")]
-        #[derive(Debug, Clone, Serialize, Deserialize)]
-        #[serde(default, deny_unknown_fields)]
-        pub struct $name { $(pub $field: $type,)* }
-
-        impl Default for $name {
-            fn default() -> Self {
-                Self { $($field: $default,)* }
-            }
-        }
-    };
-}
-
-section!(StoreSection {
-    high_watermark_percent: u8 = 80,
-    low_watermark_percent: u8 = 70,
-    max_bytes: Option<Bytes> = None,
-    keep_partial: Span = Span::hours(7 * 24),
-});
-section!(FetchSection {
-    connections: usize = FetchLimits::default().connections,
-    memory: Bytes = Bytes(FetchLimits::default().memory_bytes),
-    part: Bytes = Bytes(FetchLimits::default().part_bytes),
-    files_in_flight: usize = FetchLimits::default().files_in_flight,
-    attempts: u32 = FetchLimits::default().attempts,
-    stall_timeout: Span = Span(FetchLimits::default().stall_timeout),
-});
-section!(HfSection { endpoint: Option<String> = None, token_file: Option<PathBuf> = None, });
-section!(S3Section {
-    endpoint: Option<String> = None,
-    region: Option<String> = None,
-    anonymous: bool = false,
-    unsigned_buckets: Vec<String> = Vec::new(),
-});
-section!(FileSection { allow: Vec<PathBuf> = Vec::new(), });
-section!(AccessSection {
-    allow: Vec<Rule> = Vec::new(),
-    deny: Vec<Rule> = Vec::new(),
-    remember: Span = Span(Duration::from_secs(10 * 60)),
-    when_unreachable: WhenUnreachable = WhenUnreachable::Remembered,
-    unreachable_window: Span = Span::hours(1),
-});
-section!(ScrubSection {
-    interval: Span = Span::hours(7 * 24),
-    bytes_per_second: Bytes = Bytes(50 << 20),
-});
-section!(MetricsSection { listen: Option<SocketAddr> = None, });
-section!(LogSection {
-    format: LogFormat = LogFormat::Auto,
-    level: String = "info".to_owned(),
-});
-section!(ShutdownSection {
-    deadline: Span = Span(Duration::from_secs(20)),
-});
-
-section!(SharedSection {
-    root: Option<PathBuf> = None,
-    egress: EgressPolicy = EgressPolicy::Once,
-    filesystem: Option<String> = None,
-    segment: Option<Bytes> = None,
-    claim_timeout: Span = Span(Duration::from_secs(15)),
-    stall_timeout: Span = Span(Duration::from_secs(5)),
-});
-
-/// How often a byte may leave its origin.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum EgressPolicy {
-    /// Once for all nodes.
-    Once,
-    /// As often as it takes to be fastest.
-    Fastest,
-}
-
-/// What decides who may read a model while its origin cannot be asked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum WhenUnreachable {
-    /// What the origin said within the window.
-    Remembered,
-    /// Nobody gets it.
-    Deny,
-    /// The policy alone.
-    Allow,
 }
 
 /// A model that the daemon keeps here.
@@ -170,6 +84,8 @@ impl Default for Config {
             log: LogSection::default(),
             shutdown: ShutdownSection::default(),
             shared: SharedSection::default(),
+            kubernetes: KubernetesSection::default(),
+            controller: ControllerSection::default(),
             prefetch: Vec::new(),
         }
     }
@@ -343,6 +259,8 @@ impl Config {
         ensure(absolute, "file.allow", "all are absolute paths")?;
         self.policy()?;
         self.check_shared()?;
+        self.check_kubernetes()?;
+        self.check_controller()?;
         let filter = tracing_subscriber::EnvFilter::try_new(&self.log.level);
         ensure(
             filter.is_ok(),
@@ -383,6 +301,47 @@ impl Config {
             (1..=120).contains(&stall.as_secs()),
             "shared.stall_timeout",
             "it is between 1 s and 2 min",
+        )
+    }
+
+    fn check_kubernetes(&self) -> Result<(), ConfigError> {
+        let kubernetes = &self.kubernetes;
+        let name = kubernetes.node.as_deref();
+        ensure(
+            name.is_none_or(|name| !name.trim().is_empty()),
+            "kubernetes.node",
+            "it is not empty; leave it away where there is no cluster",
+        )?;
+        let absolute = |path: &PathBuf| path.is_absolute();
+        ensure(
+            kubernetes.kubeconfig.as_ref().is_none_or(absolute),
+            "kubernetes.kubeconfig",
+            "it is an absolute path",
+        )?;
+        ensure(
+            kubernetes.labels <= 64,
+            "kubernetes.labels",
+            "it is at most 64",
+        )
+    }
+
+    fn check_controller(&self) -> Result<(), ConfigError> {
+        let controller = &self.controller;
+        ensure(
+            !controller.service.is_empty(),
+            "controller.service",
+            "it is not empty",
+        )?;
+        let absolute = |path: &PathBuf| path.is_absolute();
+        ensure(
+            controller.certificate_dir.as_ref().is_none_or(absolute),
+            "controller.certificate_dir",
+            "it is an absolute path",
+        )?;
+        ensure(
+            (1..=16).contains(&controller.fills),
+            "controller.fills",
+            "it is between 1 and 16",
         )
     }
 
@@ -697,6 +656,10 @@ mod tests {
             "shared.root",
             "shared.filesystem",
             "shared.segment",
+            "kubernetes.node",
+            "kubernetes.kubeconfig",
+            "controller.webhook",
+            "controller.certificate_dir",
         ] {
             assert!(
                 keys.insert(key.to_owned(), String::new()).is_none(),

@@ -34,9 +34,11 @@ NTJMbW1LdnRFZkhwU2FtT3M4N0I2Qko5Y01WMldCVDcKMEw0Q0lRQ0F2NHcrV053MFVxdU9ick5tcVBR
 cUs0L2ErblE9PQotLS0tLUVORCBDRVJUSUZJQ0FURS0tLS0tCg==";
 
 const SHORT: Limits = Limits {
-    connect: Duration::from_millis(600),
-    call: Duration::from_millis(600),
-    idle: Duration::from_millis(700),
+    timeouts: Timeouts {
+        connect: Duration::from_millis(600),
+        call: Duration::from_millis(600),
+        idle: Duration::from_millis(700),
+    },
     watch_s: 1,
     pause: Duration::from_millis(5),
 };
@@ -151,7 +153,7 @@ fn kubeconfig(server: &str) -> TempDir {
 
 async fn connect(directory: &TempDir, limits: Limits) -> Pods {
     let path = directory.path().join("config");
-    let pods = Pods::open(Some(&path), false, limits).await;
+    let pods = Pods::open(Some(&path), limits).await;
     pods.expect("connect").expect("a kubeconfig is a cluster")
 }
 
@@ -461,7 +463,7 @@ async fn a_missing_page_is_an_error_and_never_fewer_uids() {
 
 #[tokio::test]
 async fn outside_a_cluster_there_are_no_pods() {
-    let pods = Pods::open(None, false, SHORT).await.expect("open");
+    let pods = Pods::open(None, SHORT).await.expect("open");
 
     assert!(pods.is_none());
 }
@@ -496,7 +498,7 @@ async fn an_unusable_kubeconfig_is_named_without_its_secrets() {
             fs::write(&path, content).unwrap();
         }
 
-        let error = match Pods::open(Some(&path), true, SHORT).await {
+        let error = match Pods::open(Some(&path), SHORT).await {
             Ok(_) => panic!("connected, expected: {cause}"),
             Err(error) => error,
         };

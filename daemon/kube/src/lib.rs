@@ -1,0 +1,67 @@
+//! How the daemon and the plugin reach the API server, and how they say why they could not.
+
+mod error;
+
+use std::env;
+use std::path::Path;
+use std::time::Duration;
+
+use kube::Client;
+use kube::config::{Config, KubeConfigOptions, Kubeconfig};
+
+pub use error::{Cause, ConnectError};
+
+/// How long each part of a call may take.
+#[derive(Debug, Clone, Copy)]
+pub struct Timeouts {
+    /// For a connection with its TLS handshake.
+    pub connect: Duration,
+    /// For a call with all its pages.
+    pub call: Duration,
+    /// For a connection without a byte. More than a watch lasts: at its end the server sends one.
+    pub idle: Duration,
+}
+
+/// Prepares for the API server that `kubeconfig` names, else for the cluster's own if this is a pod in one.
+/// `None` if it is not. The server is not contacted yet.
+///
+/// # Errors
+///
+/// [`ConnectError`] if the kubeconfig or the service account cannot be used.
+pub async fn connect(
+    kubeconfig: Option<&Path>,
+    timeouts: Timeouts,
+) -> Result<Option<Client>, ConnectError> {
+    let in_cluster = env::var_os("KUBERNETES_SERVICE_HOST").is_some();
+    if kubeconfig.is_none() && !in_cluster {
+        return Ok(None);
+    }
+    match client(kubeconfig, timeouts).await {
+        Ok(client) => Ok(Some(client)),
+        Err(source) => Err(match kubeconfig {
+            Some(path) => ConnectError::Kubeconfig {
+                path: path.to_owned(),
+                source,
+            },
+            None => ConnectError::ServiceAccount { source },
+        }),
+    }
+}
+
+async fn client(kubeconfig: Option<&Path>, timeouts: Timeouts) -> Result<Client, Cause> {
+    let mut config = match kubeconfig {
+        Some(path) => {
+            let file = Kubeconfig::read_from(path)?;
+            Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?
+        }
+        None => Config::incluster()?,
+    };
+    config.connect_timeout = Some(timeouts.connect);
+    config.write_timeout = Some(timeouts.call);
+    config.read_timeout = Some(timeouts.idle);
+    // Else the time that a connection was not needed would count as silence of the server.
+    config.reset_reader_on_write = true;
+    // A server may ask for retries later than a call may last, and the caller has its own way to try again.
+    config.default_retry = false;
+    Ok(Client::try_from(config)?)
+}
