@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::net::UnixListener;
+use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -22,14 +23,15 @@ use weightd_proto::weightd::v1::control_server::ControlServer;
 
 use crate::access::Access;
 use crate::config::{Config, ConfigError};
+use crate::kube;
 use crate::process::Signals;
 use crate::rpc::{ControlService, Engine};
 use crate::sources::{Origins, OriginsError};
 use crate::volumes::Volumes;
 
-mod http;
+pub(crate) mod http;
 mod scrub;
-mod socket;
+pub(crate) mod socket;
 
 /// Why the daemon does not run.
 #[derive(Debug, thiserror::Error)]
@@ -236,11 +238,21 @@ impl Daemon {
     fn start_work(&self, config: &Config, requests: Vec<FetchRequest>) {
         let (daemon, stop) = (self.clone(), self.stop.clone());
         let (interval, rate) = (config.scrub.interval.0, config.scrub.bytes_per_second.0);
+        let (swept, is_swept) = oneshot::channel();
+        // In a cluster they are part of the warm set.
+        let requests = match self.cluster_work(config) {
+            Some(work) => {
+                work.start(requests, is_swept);
+                Vec::new()
+            }
+            None => requests,
+        };
         self.tasks.spawn(async move {
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = daemon.clear_and_resume() => {}
             }
+            let _ = swept.send(());
             for request in requests {
                 daemon.bring(request);
             }
@@ -249,6 +261,18 @@ impl Daemon {
                 scrub::run(daemon, interval, rate).await;
             }
         });
+    }
+
+    /// What there is to do if this is a node of a cluster.
+    fn cluster_work(&self, config: &Config) -> Option<kube::Work> {
+        Some(kube::Work {
+            node: config.kubernetes.node.clone()?,
+            section: config.kubernetes.clone(),
+            fetcher: Arc::clone(&self.engine.fetcher),
+            metrics: Arc::clone(&self.engine.metrics),
+            tasks: self.tasks.clone(),
+            stop: self.stop.clone(),
+        })
     }
 
     /// Fetches in a task of its own, until it is here or the daemon stops.

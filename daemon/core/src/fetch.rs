@@ -3,10 +3,10 @@
 //! A fetch runs in a task of its own, so whoever waits for it may leave. Work on the same request is
 //! joined; work on the same bytes, in this process or another, is kept apart by the store's claims.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::FutureExt;
@@ -34,10 +34,12 @@ mod share;
 #[cfg(test)]
 mod tests;
 mod turns;
+mod wait;
 
 pub use check::CheckError;
 pub use plan::{Plan, PlannedFile};
 pub use progress::{Phase, Progress};
+pub use wait::Wait;
 
 use progress::Meter;
 use turns::{FileTurns, SnapshotTurns};
@@ -148,6 +150,12 @@ pub enum FetchError {
         /// What was asked for.
         model: ModelRef,
     },
+    /// Whoever asked for it takes it back.
+    #[error("fetching {model} was given up: it is no longer asked for")]
+    Unwanted {
+        /// What was asked for.
+        model: ModelRef,
+    },
     /// A defect of ours.
     #[error("fetching {model} ended in a defect of weightd")]
     Defect {
@@ -171,12 +179,33 @@ impl FetchError {
                 source.path
             )),
             Self::Stopped { .. } => Some("run it again: it goes on where it stopped".to_owned()),
+            Self::Unwanted { .. } => None,
             Self::Defect { .. } => Some("please report it with the log".to_owned()),
         }
     }
 
+    /// What it is counted as; `None` for what is no failure.
+    fn reason(&self) -> Option<&'static str> {
+        Some(match self {
+            Self::Source { source, .. } => match source {
+                SourceError::NotFound { .. } => "not_found",
+                SourceError::Denied { .. } => "denied",
+                SourceError::Changed { .. } => "changed",
+                SourceError::Unavailable { .. } => "unavailable",
+                SourceError::NoRanges { .. } | SourceError::Invalid { .. } => "invalid",
+            },
+            Self::Store { source, .. } if source.is_no_space() => "no_space",
+            Self::Store { .. } => "store",
+            Self::Mismatch { .. } => "wrong_bytes",
+            Self::Broken { .. } => "invalid",
+            Self::Defect { .. } => "defect",
+            Self::Stopped { .. } => return None,
+        })
+    }
+
     /// Whether the same request may succeed later, with nothing done about it.
-    fn may_pass(&self) -> bool {
+    #[must_use]
+    pub fn may_pass(&self) -> bool {
         match self {
             Self::Source { model, source } => match source {
                 SourceError::Unavailable { .. } => true,
@@ -191,7 +220,10 @@ impl FetchError {
                 source.is_no_space() || matches!(**source, StoreError::SetAside(_))
             }
             Self::Stopped { .. } => true,
-            Self::Mismatch { .. } | Self::Broken { .. } | Self::Defect { .. } => false,
+            Self::Mismatch { .. }
+            | Self::Broken { .. }
+            | Self::Unwanted { .. }
+            | Self::Defect { .. } => false,
         }
     }
 }
@@ -200,6 +232,8 @@ impl FetchError {
 pub struct Fetcher {
     shared: Arc<Shared>,
     active: Mutex<HashMap<FetchRequest, Arc<Job>>>,
+    /// What was given up since it was last asked for: nobody is to try it again.
+    unwanted: Mutex<HashSet<FetchRequest>>,
     /// One fetch at a time for each snapshot, whatever it was called.
     turns: SnapshotTurns,
     stop: CancellationToken,
@@ -228,6 +262,7 @@ struct Job {
     /// Where the verified files are until the snapshot is published, by this fetch or one it waits for.
     tree: watch::Sender<Option<PathBuf>>,
     outcome: watch::Sender<Outcome>,
+    given_up: CancellationToken,
 }
 
 /// Takes a fetch off the list and tells all who wait, however its task ends.
@@ -371,6 +406,7 @@ impl Fetcher {
                 tier,
             }),
             active: Mutex::default(),
+            unwanted: Mutex::default(),
             turns: SnapshotTurns::default(),
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
@@ -379,6 +415,7 @@ impl Fetcher {
 
     /// Starts to fetch, or joins the same request under way. It goes on if the caller leaves.
     pub fn fetch(self: &Arc<Self>, request: FetchRequest) -> Fetch {
+        self.no_longer_wanted().remove(&request);
         self.start(request, None)
     }
 
@@ -396,6 +433,7 @@ impl Fetcher {
                 meter: Arc::new(Meter::new(request.model.clone())),
                 tree: watch::channel(None).0,
                 outcome: watch::channel(None).0,
+                given_up: CancellationToken::new(),
                 source,
                 request,
             });
@@ -417,19 +455,23 @@ impl Fetcher {
         let outcome = tokio::select! {
             biased;
             () = self.stop.cancelled() => Err(job.stopped()),
+            () = job.given_up.cancelled() => Err(FetchError::Unwanted { model: job.request.model.clone() }),
             () = job.meter.keep_fresh() => unreachable!("it never ends"),
             outcome = work => outcome.unwrap_or(Err(FetchError::Defect { model: job.request.model.clone() })),
         };
         let ended = match &outcome {
             Ok(_) => "ok",
-            Err(FetchError::Stopped { .. }) => "stopped",
+            Err(FetchError::Stopped { .. } | FetchError::Unwanted { .. }) => "stopped",
             Err(error) => {
                 tracing::warn!(model = %job.request.model, error = %Chain(error), "fetch failed");
                 "failed"
             }
         };
-        let metrics = &self.shared.metrics;
-        metrics.fetch_ended(job.request.model.scheme(), ended, job.meter.elapsed());
+        let (metrics, scheme) = (&self.shared.metrics, job.request.model.scheme());
+        metrics.fetch_ended(scheme, ended, job.meter.elapsed());
+        if let Some(reason) = outcome.as_ref().err().and_then(FetchError::reason) {
+            metrics.fetch_failed(scheme, reason);
+        }
         ending.outcome = outcome;
     }
 
@@ -469,6 +511,34 @@ impl Fetcher {
         if let Err(error) = noted {
             tracing::debug!(error = %Chain(&error), "rate not noted");
         }
+    }
+
+    /// Stops a fetch that is no longer asked for, and forgets it: neither this process nor the next goes on with
+    /// it, until it is asked for again. Who waits for this very request is told [`FetchError::Unwanted`]; so it is
+    /// for requests that nobody else makes, such as those with a pin of one's own. What it brought stays as a partial
+    /// download.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Io`] if the record of it stays.
+    pub async fn give_up(&self, request: &FetchRequest) -> Result<(), StoreError> {
+        self.no_longer_wanted().insert(request.clone());
+        let job = {
+            let active = self.active.lock().expect("no holder of this lock panics");
+            active.get(request).map(Arc::clone)
+        };
+        if let Some(job) = job {
+            job.given_up.cancel();
+            let mut outcome = job.outcome.subscribe();
+            // Its last writes must be done: else its record could come after it is forgotten.
+            let _ = outcome.wait_for(Option::is_some).await;
+        }
+        let (store, record) = (Arc::clone(&self.shared.store), request.clone());
+        blocking::run(move || store.forget_fetch(&record)).await
+    }
+
+    fn no_longer_wanted(&self) -> MutexGuard<'_, HashSet<FetchRequest>> {
+        self.unwanted.lock().expect("no holder of this lock panics")
     }
 
     /// The fetches under way.
@@ -535,6 +605,9 @@ impl Fetcher {
             tokio::select! {
                 () = self.stop.cancelled() => return outcome,
                 () = tokio::time::sleep(pause) => {}
+            }
+            if self.no_longer_wanted().contains(&request) {
+                return outcome;
             }
             pause = (pause * 2).min(LONGEST);
         }

@@ -68,6 +68,7 @@ pub(super) fn of_fetch(error: &FetchError) -> Status {
         FetchError::Store { source, .. } => store_code(source),
         FetchError::Mismatch { .. } | FetchError::Broken { .. } => Code::DataLoss,
         FetchError::Stopped { .. } => Code::Unavailable,
+        FetchError::Unwanted { .. } => Code::Aborted,
         FetchError::Defect { .. } => Code::Internal,
     };
     status(code, error, error.hint())

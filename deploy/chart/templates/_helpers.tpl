@@ -161,5 +161,5 @@ matchExpressions:
 - sourceLabels: [__meta_kubernetes_pod_node_name]
   targetLabel: node
 - sourceLabels: [__meta_kubernetes_pod_label_app_kubernetes_io_component]
-  targetLabel: component
+  targetLabel: weightd
 {{- end }}

@@ -9,6 +9,7 @@ use crate::shared::{SharedError, SharedStore, SharedTier, is_shareable};
 use crate::source::{LeftOut, RemoteFile};
 use crate::store::{FetchRecord, RoomPlan, StageKey, Store, StoreError};
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 /// What a fetch would do now.
 #[derive(Debug, Clone)]
@@ -71,6 +72,7 @@ impl Fetcher {
             meter,
             tree: watch::channel(None).0,
             outcome: watch::channel(None).0,
+            given_up: CancellationToken::new(),
         };
         let source = self
             .shared

@@ -146,6 +146,28 @@ impl Store {
         Ok(ids.collect())
     }
 
+    /// What the operators' holders pin whose names begin with `prefix`.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Io`].
+    pub fn pins_of_operators(&self, prefix: &str) -> Result<Vec<(Holder, SnapshotId)>, StoreError> {
+        let mut pins = Vec::new();
+        for entry in entries(&self.root.join("pins/operator"))? {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let Some(holder) = Holder::operator(&name)
+                .ok()
+                .filter(|_| name.starts_with(prefix))
+            else {
+                continue;
+            };
+            let ids = self.pinned_by(&holder)?.into_iter();
+            pins.extend(ids.map(|id| (holder.clone(), id)));
+        }
+        pins.sort();
+        Ok(pins)
+    }
+
     /// Who needs the snapshot.
     pub(super) fn holders(&self, id: &SnapshotId) -> Result<Vec<Holder>, StoreError> {
         let mut holders = Vec::new();

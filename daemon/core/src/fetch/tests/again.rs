@@ -115,3 +115,46 @@ async fn a_fetch_that_was_asked_for_too_long_ago_is_not_resumed_however_often_it
     assert_eq!(fetcher.store().recorded_fetches().unwrap(), [later]);
     fetcher.shutdown(Duration::from_secs(5)).await;
 }
+
+#[tokio::test]
+async fn what_is_given_up_stops_and_is_forgotten_until_it_is_asked_for_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::failing(&[Fault::Stall(9000); 12]);
+    let fetcher = fetcher(dir.path(), &origin);
+    let trying = tokio::spawn({
+        let fetcher = Arc::clone(&fetcher);
+        async move { fetcher.keep_trying(request(&["*"])).await }
+    });
+    while origin.sent.load(Ordering::Relaxed) < 30_000 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+
+    fetcher.give_up(&request(&["*"])).await.unwrap();
+
+    let error = trying.await.unwrap().expect_err("it went on");
+    assert!(matches!(error, FetchError::Unwanted { .. }), "{error}");
+    assert_eq!(fetcher.store().recorded_fetches().unwrap(), []);
+    origin.faults.lock().unwrap().clear();
+    let fetched = fetcher.fetch(request(&["*"])).wait().await.unwrap();
+    assert_tree(&fetched, &origin);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_given_up_between_two_tries_is_not_tried_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::new(&[("a.bin", content(5000))]);
+    let store = Store::open(dir.path(), StoreLimits::default()).unwrap();
+    let sources = Arc::new(Failing(origin, Mutex::new(vec![changed()])));
+    let fetcher = Fetcher::new(store, sources, limits(), Arc::default());
+    let trying = tokio::spawn({
+        let fetcher = Arc::clone(&fetcher);
+        async move { fetcher.keep_trying(request(&["*"])).await }
+    });
+    tokio::time::sleep(Duration::from_secs(1)).await;
+
+    fetcher.give_up(&request(&["*"])).await.unwrap();
+
+    let error = trying.await.unwrap().expect_err("it was tried again");
+    assert!(matches!(error, FetchError::Source { .. }), "{error}");
+    assert_eq!(fetcher.store().recorded_fetches().unwrap(), []);
+}

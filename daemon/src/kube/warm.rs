@@ -1,0 +1,347 @@
+//! The models that this node is to keep: those of the configuration, of the Node's annotation `weightd.io/prefetch` and of
+//! the `ModelPrefetch` objects that select it.
+//!
+//! Each entry has a holder of its own in the store (`operator/warm.node.…`, `operator/warm.object.…`), so what is no longer
+//! wanted is let go also if it was removed while no daemon ran; but never before the API server has told all of that part, so
+//! one that is away changes nothing. A name that can move, such as `@main`, is resolved when the daemon starts and
+//! when its entry changes; what it stood for before is let go when the new revision is known.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep};
+use weightd_core::errors::Chain;
+use weightd_core::fetch::{FetchError, FetchRequest, Fetched, Fetcher};
+use weightd_core::metrics::Metrics;
+use weightd_core::store::{Holder, Store};
+
+mod desired;
+mod entry;
+mod pins;
+mod status;
+mod teller;
+#[cfg(test)]
+mod tests;
+
+pub(super) use desired::ObjectView;
+
+use super::node::{NodeView, ThisNode};
+use super::prefetch::NodePhase;
+use super::taint::Warmth;
+use super::watch::Seen;
+use desired::{Origin, Wish};
+use entry::Entry;
+use pins::Known;
+use teller::Teller;
+
+/// Fetches at once: the lines are shared, so more of them would only make those of high priority end later.
+const AT_ONCE: usize = 2;
+
+/// How often entries are looked at, while some of them are not ready and else.
+const LOOK: Duration = Duration::from_secs(1);
+const LOOK_AT_REST: Duration = Duration::from_secs(60);
+
+/// The reason of the Event that tells of a wrong annotation.
+const INVALID: &str = "PrefetchInvalid";
+
+/// What is to be kept, as it is said.
+pub(super) struct Said {
+    pub(super) config: Vec<FetchRequest>,
+    pub(super) node: watch::Receiver<Seen<NodeView>>,
+    pub(super) objects: watch::Receiver<Seen<ObjectView>>,
+    /// Whether the Node and objects count.
+    pub(super) cluster: bool,
+}
+
+/// Keeps the warm set. Dropping it stops no fetch.
+pub(super) struct Warm {
+    fetcher: Arc<Fetcher>,
+    metrics: Arc<Metrics>,
+    said: Said,
+    /// `None` without a way to the API server.
+    node: Option<ThisNode>,
+    config: BTreeMap<Origin, Wish>,
+    entries: BTreeMap<Origin, Entry>,
+    /// What was seen to last, so that pins are compared only when something changed.
+    settled: Option<(Known, BTreeSet<Holder>)>,
+    fetches: JoinSet<Ended>,
+    events: JoinSet<()>,
+    teller: Option<Teller>,
+    warmth: watch::Sender<Warmth>,
+    looked: Instant,
+}
+
+struct Ended {
+    origin: Origin,
+    request: FetchRequest,
+    outcome: Result<Fetched, FetchError>,
+}
+
+impl Warm {
+    pub(super) fn new(
+        fetcher: Arc<Fetcher>,
+        metrics: Arc<Metrics>,
+        node: Option<ThisNode>,
+        mut said: Said,
+        warmth: watch::Sender<Warmth>,
+    ) -> Self {
+        Self {
+            config: desired::of_config(std::mem::take(&mut said.config)),
+            teller: node.clone().map(Teller::new),
+            fetcher,
+            metrics,
+            said,
+            node,
+            entries: BTreeMap::new(),
+            settled: None,
+            fetches: JoinSet::new(),
+            events: JoinSet::new(),
+            warmth,
+            looked: Instant::now(),
+        }
+    }
+
+    /// Keeps the warm set, for ever.
+    pub(super) async fn run(mut self) {
+        loop {
+            self.hear().await;
+            self.settle().await;
+            self.start_due();
+            self.look().await;
+            self.tell();
+            let at_rest = self.entries.values().all(|entry| entry.due.is_none());
+            let at_rest = at_rest && self.fetches.is_empty();
+            let told = self.teller.as_ref().is_none_or(Teller::is_idle);
+            let pause = if at_rest && told { LOOK_AT_REST } else { LOOK };
+            tokio::select! {
+                Ok(()) = self.said.node.changed() => {}
+                Ok(()) = self.said.objects.changed() => {}
+                Some(ended) = self.fetches.join_next() => if let Ok(ended) = ended { self.ended(ended).await },
+                Some(_) = self.events.join_next() => {}
+                () = sleep(pause) => {}
+            }
+        }
+    }
+
+    fn store(&self) -> &Arc<Store> {
+        self.fetcher.store()
+    }
+
+    fn view(&self) -> Option<NodeView> {
+        let node = self.node.as_ref()?;
+        self.said.node.borrow().all()?.get(&*node.name).cloned()
+    }
+
+    fn known(&self) -> Known {
+        let node = !self.said.cluster || self.view().is_some();
+        let objects = !self.said.cluster || self.said.objects.borrow().all().is_some();
+        Known {
+            node,
+            objects: node && objects,
+        }
+    }
+
+    /// Takes over what is said now. What is not known stays as it was.
+    async fn hear(&mut self) {
+        self.said.node.mark_unchanged();
+        self.said.objects.mark_unchanged();
+        let known = self.known();
+        let view = self.view().filter(|_| self.said.cluster);
+        let mut wanted = self.config.clone();
+        if let Some(view) = &view {
+            wanted.extend(desired::of_node(view));
+            if let Some(objects) = self.said.objects.borrow().all() {
+                wanted.extend(desired::of_objects(objects, &view.labels));
+            }
+        }
+        let is_known = |origin: &Origin| match origin {
+            Origin::Config(_) => true,
+            Origin::Node(_) => known.node,
+            Origin::Object(_) => known.objects,
+        };
+        let unwanted = self.entries.extract_if(.., |origin, entry| {
+            is_known(origin) && wanted.get(origin) != Some(&entry.wish)
+        });
+        for (origin, entry) in unwanted.collect::<Vec<_>>() {
+            tracing::debug!(?origin, "no longer to be kept so");
+            if let Ok(target) = entry.wish {
+                self.give_up(&target.request).await;
+            }
+        }
+        for (origin, wish) in wanted {
+            if !self.entries.contains_key(&origin) {
+                self.take_on(origin, wish, view.as_ref());
+            }
+        }
+    }
+
+    fn take_on(&mut self, origin: Origin, wish: Wish, view: Option<&NodeView>) {
+        match &wish {
+            Ok(target) => tracing::info!(model = %target.request.model, ?origin, "model to be kept"),
+            Err(reason) => {
+                tracing::warn!(?origin, reason, "a model to be kept makes no sense");
+                if let (Origin::Node(_), Some(node), Some(view)) = (&origin, &self.node, view) {
+                    let (node, uid, note) = (node.clone(), view.uid.clone(), reason.clone());
+                    self.events
+                        .spawn(async move { node.warn(&uid, INVALID, note).await });
+                }
+            }
+        }
+        self.entries.insert(origin, Entry::new(wish));
+    }
+
+    async fn give_up(&self, request: &FetchRequest) {
+        if let Err(error) = self.fetcher.give_up(request).await {
+            tracing::warn!(model = %request.model, error = %Chain(&error), "a fetch that nobody wants stays on record");
+        }
+    }
+
+    /// Lets go of what is held for entries that are gone, also those of a former daemon.
+    async fn settle(&mut self) {
+        let targets = self.entries.values().filter_map(Entry::target);
+        let holders = targets.filter_map(|target| target.request.pin.clone());
+        let now = (self.known(), holders.collect::<BTreeSet<_>>());
+        if self.settled.as_ref() == Some(&now) {
+            return;
+        }
+        let (known, holders) = now.clone();
+        for record in pins::release_stale(self.store(), holders, known).await {
+            self.give_up(&record).await;
+            // It may have ended, and pinned, in between.
+            if let Some(holder) = record.pin {
+                let store = Arc::clone(self.store());
+                let released = weightd_core::blocking::run(move || store.release(&holder)).await;
+                if let Err(error) = released {
+                    tracing::warn!(error = %Chain(&error), "a model that is no longer to be kept stays held");
+                }
+            }
+        }
+        self.settled = Some(now);
+    }
+
+    /// Starts what is due, the highest priority first.
+    fn start_due(&mut self) {
+        let now = Instant::now();
+        while self.fetches.len() < AT_ONCE {
+            let due = self.entries.iter_mut().filter(|(_, entry)| entry.is_due(now));
+            let next = due.min_by_key(|(_, entry)| {
+                std::cmp::Reverse(entry.target().map_or(i32::MIN, |target| target.priority))
+            });
+            let Some((origin, entry)) = next else {
+                return;
+            };
+            let Some(target) = entry.target() else {
+                return;
+            };
+            let (origin, request) = (origin.clone(), target.request.clone());
+            let fetch = self.fetcher.fetch(request.clone());
+            entry.started(fetch.progress());
+            self.fetches.spawn(async move {
+                Ended {
+                    outcome: fetch.wait().await,
+                    origin,
+                    request,
+                }
+            });
+        }
+    }
+
+    async fn ended(&mut self, ended: Ended) {
+        let store = Arc::clone(self.store());
+        let entry = self.entries.get_mut(&ended.origin);
+        let Some(entry) = entry.filter(|entry| entry.wants(&ended.request)) else {
+            // It may have been pinned before it was given up.
+            self.settled = None;
+            return;
+        };
+        let Ok(target) = entry.wish.clone() else {
+            return;
+        };
+        match ended.outcome {
+            Ok(fetched) => {
+                entry.ready(&fetched.snapshot);
+                let id = &fetched.snapshot.manifest.snapshot;
+                pins::hold_only(&store, &target, id, true).await;
+            }
+            // This process is ending, or another entry that has gone wanted the very same.
+            Err(FetchError::Stopped { .. } | FetchError::Unwanted { .. }) => {
+                *entry = Entry::new(Ok(target));
+            }
+            Err(error) => {
+                let earlier = pins::earlier(&store, &target).await;
+                entry.failed(&error, earlier.as_ref());
+            }
+        }
+    }
+
+    /// Takes over how far fetches are, and sees whether what is ready is still here.
+    async fn look(&mut self) {
+        let store = Arc::clone(self.store());
+        for entry in self.entries.values_mut() {
+            if let Some(id) = entry.look()
+                && let Some(target) = entry.target()
+            {
+                pins::hold_only(&store, target, &id, false).await;
+            }
+        }
+        if self.looked.elapsed() >= LOOK_AT_REST {
+            self.looked = Instant::now();
+            for entry in self.entries.values_mut() {
+                if entry.phase == NodePhase::Ready
+                    && let (Some(target), Some(id)) = (entry.target(), &entry.snapshot)
+                    && !pins::is_here(&store, target, id).await
+                {
+                    let pin = target.pin;
+                    entry.lost(pin);
+                }
+            }
+        }
+    }
+
+    /// Tells the metrics, the taint and the objects.
+    fn tell(&mut self) {
+        for phase in NodePhase::ALL {
+            let in_phase = self.entries.values().filter(|entry| entry.phase == phase);
+            let name = match phase {
+                NodePhase::Pending => "pending",
+                NodePhase::Fetching => "fetching",
+                NodePhase::Ready => "ready",
+                NodePhase::Failed => "failed",
+                NodePhase::Waiting => "waiting",
+            };
+            self.metrics.warm_models(name, in_phase.count());
+        }
+        let warmth = match self.is_warm() {
+            true => Warmth::Warm,
+            false => Warmth::Cold,
+        };
+        self.warmth.send_if_modified(|now| {
+            let changed = *now != warmth;
+            *now = warmth;
+            changed
+        });
+        let known = self.known();
+        if let Some(teller) = &mut self.teller
+            && known.objects
+        {
+            let objects = self.said.objects.borrow();
+            if let Some(objects) = objects.all() {
+                teller.tell(objects, &self.entries);
+            }
+        }
+    }
+
+    /// Whether all that is to be here is, as far as it can be told what that is.
+    fn is_warm(&self) -> bool {
+        let known = self.known();
+        // Whoever may not read the objects, or has no such kind, has none.
+        let refused = *self.said.objects.borrow() == Seen::Refused;
+        let mut sensible = self.entries.values().filter(|entry| entry.wish.is_ok());
+        known.node
+            && (known.objects || refused)
+            && sensible.all(|entry| entry.phase == NodePhase::Ready)
+    }
+}
