@@ -199,7 +199,7 @@ impl FetchError {
             Self::Mismatch { .. } => "wrong_bytes",
             Self::Broken { .. } => "invalid",
             Self::Defect { .. } => "defect",
-            Self::Stopped { .. } => return None,
+            Self::Stopped { .. } | Self::Unwanted { .. } => return None,
         })
     }
 
