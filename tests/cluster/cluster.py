@@ -19,13 +19,13 @@ from pathlib import Path
 
 import yaml
 
-from api import plural
+from api import place, plural
 from control_plane import ControlPlane, eventually
 from machine import cgroups, remove_cgroups
 from weightd import NAMESPACE
 
 # In this order; each is a file beside this one.
-TESTS = ["annotations", "chart", "rights", "warm", "kubelet"]
+TESTS = ["annotations", "chart", "rights", "warm", "controller", "kubelet"]
 
 
 class Cluster:
@@ -68,8 +68,17 @@ class Cluster:
                 eventually("the custom resource", lambda thing=thing: self.plane.admin.apply(thing))
             else:
                 self.apply(thing)
+        self.remove_others(things)
         self.installed = (options, things)
         return things
+
+    def remove_others(self, things):
+        """What an earlier installation had, and this one has not. Custom resources stay, as with helm."""
+        paths = {f"{place(thing)}/{thing['metadata']['name']}" for thing in things}
+        for thing in self.installed[1] if self.installed else []:
+            path = f"{place(thing)}/{thing['metadata']['name']}"
+            if path not in paths and thing["kind"] != "CustomResourceDefinition":
+                self.plane.admin.delete(path)
 
     def apply(self, thing):
         name = f"{thing['kind']} {thing['metadata']['name']}"
