@@ -28,7 +28,10 @@ class Controller(Processes):
 
     def __enter__(self):
         things = self.cluster.install(*WITH_WEBHOOK)
-        config = next(thing for thing in things if thing["kind"] == "ConfigMap" and "weightd.toml" in thing["data"])
+        self.deployment = next(thing for thing in things if thing["kind"] == "Deployment")
+        volumes = {volume["name"]: volume for volume in self.deployment["spec"]["template"]["spec"]["volumes"]}
+        about = ("ConfigMap", volumes["config"]["configMap"]["name"])
+        config = next(thing for thing in things if (thing["kind"], thing["metadata"]["name"]) == about)
         self.config = tomllib.loads(config["data"]["weightd.toml"])
         self.service = next(thing for thing in things if thing["kind"] == "Service")
         [webhook] = next(thing for thing in things if thing["kind"] == "MutatingWebhookConfiguration")["webhooks"]
@@ -120,6 +123,15 @@ def admitted(admin, thing):
     for key in ["uid", "creationTimestamp", "managedFields", "resourceVersion", "generation"]:
         made["metadata"].pop(key, None)
     return made
+
+
+def the_chart_turns_the_webhook_on(controller):
+    """At the port that its service leads to, for the name that API servers know it by."""
+    settings, template = controller.config.get("controller", {}), controller.deployment["spec"]["template"]
+    ports = {port["name"]: port["containerPort"] for port in template["spec"]["containers"][0]["ports"]}
+    same("where it listens", settings.get("webhook", "").rpartition(":")[2], str(ports["webhook"]))
+    same("its service", settings.get("service", "weightd-webhook"), controller.service["metadata"]["name"])
+    return settings["webhook"]
 
 
 def without_controller_pods_are_created(controller):
@@ -285,8 +297,8 @@ def run(cluster, check):
         return
     cluster.plane.namespace("team-a")
     with Controller(cluster) as controller:
-        for test in [without_controller_pods_are_created, one_of_two_leads, the_leader_makes_the_certificate,
-                     a_pod_gets_what_it_asks_for, other_pods_stay_as_they_are, a_second_pass_changes_nothing,
+        for test in [the_chart_turns_the_webhook_on, without_controller_pods_are_created, one_of_two_leads,
+                     the_leader_makes_the_certificate, a_pod_gets_what_it_asks_for, other_pods_stay_as_they_are, a_second_pass_changes_nothing,
                      the_death_of_the_leader_is_survived, a_leader_that_is_asked_to_end_hands_over,
                      without_replicas_pods_are_created]:
             check(test, controller)
