@@ -8,8 +8,7 @@ import tomllib
 
 import yaml
 from control_plane import ADDRESS, Processes, eventually, same
-from machine import toml
-from weightd import NAMESPACE
+from weightd import NAMESPACE, toml
 
 LEASE = f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases/weightd-controller"
 WEBHOOK = "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations/weightd-injection"

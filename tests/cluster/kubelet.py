@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 from control_plane import Processes, eventually, same
 from machine import READER, SIDECAR, WEIGHTD, Machine, why_not
-from weightd import NAMESPACE, pod
+from weightd import NAMESPACE, STORE, pod
 
 PODS, OURS = "/api/v1/namespaces/team-a/pods", f"/api/v1/namespaces/{NAMESPACE}/pods"
 NODE = "node-1"
@@ -53,6 +53,7 @@ class Release(Processes):
         repository, tag = WEIGHTD.split(":")
         values = {
             "image": {"repository": repository, "tag": tag, "pullPolicy": "Never"},
+            "config": {"store": STORE},
             "env": [{"name": "HF_ENDPOINT", "value": endpoint}],
             "kubelet": {"dir": str(self.machine.kubelet)},
             "store": {"hostPath": str(self.machine.work / "store")},

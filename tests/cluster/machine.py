@@ -17,6 +17,7 @@ from pathlib import Path
 import yaml
 
 from control_plane import ADDRESS, Processes, eventually
+from weightd import toml
 
 CGROUPS = Path("/sys/fs/cgroup")
 PAUSE, READER = "weightd.test/pause:1", "weightd.test/reader:1"
@@ -196,17 +197,6 @@ def remove_cgroups(folders):
         # What is in use stays.
         with contextlib.suppress(OSError):
             folder.rmdir()
-
-
-def toml(table, prefix=""):
-    """TOML of tables, texts, numbers and truths."""
-    plain = [f"{key} = {json.dumps(value)}" for key, value in table.items() if not isinstance(value, dict)]
-    text = "\n".join(plain) + "\n"
-    for key, value in table.items():
-        if isinstance(value, dict):
-            name = f"{prefix}{json.dumps(key)}"
-            text += f"[{name}]\n" + toml(value, f"{name}.")
-    return text
 
 
 def libraries(program):
