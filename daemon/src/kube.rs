@@ -11,11 +11,13 @@
 //!
 //! At rest that is two watches, which begin anew every 290 s: 0.4 requests a minute.
 
-mod node;
 pub mod labels;
+mod node;
 pub mod placement;
 pub mod prefetch;
 pub mod taint;
+#[cfg(test)]
+mod tests;
 mod warm;
 mod watch;
 
@@ -160,7 +162,8 @@ impl Work {
             warm.run().await;
         });
         if section.startup_taint {
-            let taint = Taint::of_startup(node.clone(), &section.driver, channels.nodes.subscribe());
+            let taint =
+                Taint::of_startup(node.clone(), &section.driver, channels.nodes.subscribe());
             let (of, driver) = (node.clone(), section.driver.clone());
             self.spawn(async move {
                 taint.keep_off(|| driver_registered(&of, &driver)).await;

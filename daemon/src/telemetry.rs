@@ -20,8 +20,16 @@ pub enum LogFormat {
 /// Starts logging of a daemon to stderr. `RUST_LOG`, if set, wins over `level`.
 pub fn start(format: LogFormat, level: &str) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
-    // It calls every refused request an error; our own source tells those that are.
-    let filter = filter.add_directive("hf_hub=off".parse().expect("a directive"));
+    // They call every refused request an error; our own code tells those that are.
+    let filter = [
+        "hf_hub=off",
+        "kube_client::client=off",
+        "kube_runtime::watcher=off",
+    ]
+    .into_iter()
+    .fold(filter, |filter, quiet| {
+        filter.add_directive(quiet.parse().expect("a directive"))
+    });
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         // It would tell of a closed stderr on stderr, and panic.

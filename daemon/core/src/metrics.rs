@@ -67,7 +67,7 @@ describe! {
     "weightd_shared_failures_total" "counter" "reason: away, unwritable, damaged, write" "Times that the shared tier was left out, could not be written, held damaged bytes, did not take a segment";
     "weightd_leader" "gauge" "" "Of `weightd controller`: 1 while it is the one that does what only one may do";
     "weightd_admission_total" "counter" "outcome: injected, unchanged, warned, invalid" "Of `weightd controller`: pods that the webhook was asked about; warned are those whose author is told of a mistake";
-    "weightd_pending_fills_total" "counter" "outcome: filled, there, denied, failed, stopped" "Of `weightd controller`: models that pods without a node wait for";
+    "weightd_pending_fills_total" "counter" "outcome: filled, there, unshareable, denied, failed, stopped" "Of `weightd controller`: models that pods without a node wait for";
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -346,7 +346,7 @@ impl Metrics {
         for outcome in ["injected", "unchanged", "warned", "invalid"] {
             let _ = self.admissions.get_or_create(&OfOutcome { outcome });
         }
-        for outcome in ["filled", "there", "denied", "failed", "stopped"] {
+        for outcome in ["filled", "there", "unshareable", "denied", "failed", "stopped"] {
             let _ = self.pending_fills.get_or_create(&OfOutcome { outcome });
         }
         self.evicted(0, 0);
@@ -384,7 +384,8 @@ impl Metrics {
         self.admissions.get_or_create(&OfOutcome { outcome }).inc();
     }
 
-    /// Counts a model that pods without a node wait for: `filled`, `there`, `denied`, `failed` or `stopped`.
+    /// Counts a model that pods without a node wait for: `filled`, `there`,
+    /// `unshareable`, `denied`, `failed` or `stopped`.
     pub fn pending_fill(&self, outcome: &'static str) {
         let outcome = OfOutcome { outcome };
         self.pending_fills.get_or_create(&outcome).inc();

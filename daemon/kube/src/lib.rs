@@ -3,7 +3,7 @@
 mod error;
 
 use std::env;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kube::Client;
@@ -48,14 +48,52 @@ pub async fn connect(
     }
 }
 
+/// Prepares for the API server that kubectl would ask on this machine: the one that `kubeconfig` names, else that of the
+/// files in `KUBECONFIG`, of `~/.kube/config`, or the cluster's own if this is a pod in one. `None` if there is none of
+/// these. The server is not contacted yet.
+///
+/// # Errors
+///
+/// [`ConnectError`] as [`connect`].
+pub async fn connect_as_kubectl(
+    kubeconfig: Option<&Path>,
+    timeouts: Timeouts,
+) -> Result<Option<Client>, ConnectError> {
+    if kubeconfig.is_some() {
+        return connect(kubeconfig, timeouts).await;
+    }
+    let named = env::var_os("KUBECONFIG").filter(|names| !names.is_empty());
+    let own = env::home_dir().map(|home| home.join(".kube/config"));
+    let Some(path) = named
+        .map(PathBuf::from)
+        .or(own.filter(|path| path.exists()))
+    else {
+        return connect(None, timeouts).await;
+    };
+    let client = async {
+        // Several files are merged, as kubectl does.
+        let config = of_kubeconfig(Kubeconfig::read()?).await?;
+        finish(config, timeouts)
+    };
+    match client.await {
+        Ok(client) => Ok(Some(client)),
+        Err(source) => Err(ConnectError::Kubeconfig { path, source }),
+    }
+}
+
 async fn client(kubeconfig: Option<&Path>, timeouts: Timeouts) -> Result<Client, Cause> {
-    let mut config = match kubeconfig {
-        Some(path) => {
-            let file = Kubeconfig::read_from(path)?;
-            Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?
-        }
+    let config = match kubeconfig {
+        Some(path) => of_kubeconfig(Kubeconfig::read_from(path)?).await?,
         None => Config::incluster()?,
     };
+    finish(config, timeouts)
+}
+
+async fn of_kubeconfig(file: Kubeconfig) -> Result<Config, Cause> {
+    Ok(Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?)
+}
+
+fn finish(mut config: Config, timeouts: Timeouts) -> Result<Client, Cause> {
     config.connect_timeout = Some(timeouts.connect);
     config.write_timeout = Some(timeouts.call);
     config.read_timeout = Some(timeouts.idle);

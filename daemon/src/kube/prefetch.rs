@@ -7,6 +7,10 @@
     unreachable_pub,
     reason = "the derive for schemas makes copies of these types where nobody sees them"
 )]
+#![allow(
+    clippy::duplicated_attributes,
+    reason = "two columns of one type are no duplicates"
+)]
 
 use std::collections::BTreeMap;
 

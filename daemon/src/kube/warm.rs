@@ -1,7 +1,8 @@
 //! The models that this node is to keep: those of the configuration, of the Node's annotation `weightd.io/prefetch` and of
 //! the `ModelPrefetch` objects that select it.
 //!
-//! Each entry has a holder of its own in the store (`operator/warm.node.…`, `operator/warm.object.…`), so what is no longer
+//! Each entry has a holder of its own in the store (`operator/warm.node.…`, `operator/warm.object.…`; for one whose
+//! holder the configuration names, `operator/warm.named.…` marks what that holds for it), so what is no longer
 //! wanted is let go also if it was removed while no daemon ran; but never before the API server has told all of that part, so
 //! one that is away changes nothing. A name that can move, such as `@main`, is resolved when the daemon starts and
 //! when its entry changes; what it stood for before is let go when the new revision is known.
@@ -23,8 +24,6 @@ mod entry;
 mod pins;
 mod status;
 mod teller;
-#[cfg(test)]
-mod tests;
 
 pub(super) use desired::ObjectView;
 
@@ -180,7 +179,9 @@ impl Warm {
 
     fn take_on(&mut self, origin: Origin, wish: Wish, view: Option<&NodeView>) {
         match &wish {
-            Ok(target) => tracing::info!(model = %target.request.model, ?origin, "model to be kept"),
+            Ok(target) => {
+                tracing::info!(model = %target.request.model, ?origin, "model to be kept")
+            }
             Err(reason) => {
                 tracing::warn!(?origin, reason, "a model to be kept makes no sense");
                 if let (Origin::Node(_), Some(node), Some(view)) = (&origin, &self.node, view) {
@@ -202,7 +203,7 @@ impl Warm {
     /// Lets go of what is held for entries that are gone, also those of a former daemon.
     async fn settle(&mut self) {
         let targets = self.entries.values().filter_map(Entry::target);
-        let holders = targets.filter_map(|target| target.request.pin.clone());
+        let holders = targets.filter_map(|target| target.own_holder().cloned());
         let now = (self.known(), holders.collect::<BTreeSet<_>>());
         if self.settled.as_ref() == Some(&now) {
             return;
@@ -226,7 +227,10 @@ impl Warm {
     fn start_due(&mut self) {
         let now = Instant::now();
         while self.fetches.len() < AT_ONCE {
-            let due = self.entries.iter_mut().filter(|(_, entry)| entry.is_due(now));
+            let due = self
+                .entries
+                .iter_mut()
+                .filter(|(_, entry)| entry.is_due(now));
             let next = due.min_by_key(|(_, entry)| {
                 std::cmp::Reverse(entry.target().map_or(i32::MIN, |target| target.priority))
             });

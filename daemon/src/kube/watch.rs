@@ -69,7 +69,12 @@ pub(super) async fn follow<K, T>(
     seen: &watch::Sender<Seen<T>>,
     read: impl Fn(K) -> T,
 ) where
-    K: Resource<DynamicType: Default + Eq + std::hash::Hash> + Clone + DeserializeOwned + Debug + Send + 'static,
+    K: Resource<DynamicType: Default + Eq + std::hash::Hash>
+        + Clone
+        + DeserializeOwned
+        + Debug
+        + Send
+        + 'static,
     T: PartialEq,
 {
     let config = config.timeout(u32::try_from(WATCH.as_secs()).expect("minutes"));

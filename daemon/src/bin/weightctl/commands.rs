@@ -22,6 +22,7 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Completions { shell } => return completions(shell),
         Command::Man { dir } => return man(dir.as_deref()),
         Command::Doctor(args) => return crate::doctor::run(output, &cli.global, &args).await,
+        Command::Cluster(args) => return crate::cluster::run(output, &args).await,
         Command::Gc {
             partial,
             tier,
@@ -82,6 +83,7 @@ async fn dispatch(client: &mut Client, output: Output, command: Command) -> anyh
         #[cfg(feature = "demo")]
         Command::Demo(_) => unreachable!("it needs no backend"),
         Command::Bootstrap(_)
+        | Command::Cluster(_)
         | Command::Completions { .. }
         | Command::Doctor(_)
         | Command::Import { .. }

@@ -9,6 +9,7 @@ use clap::error::ErrorKind;
 mod args;
 mod backend;
 mod bootstrap;
+mod cluster;
 mod commands;
 #[cfg(feature = "demo")]
 mod demo;

@@ -19,6 +19,8 @@ pub(super) const OF_NODE: &str = "warm.node.";
 /// The same, for objects.
 pub(super) const OF_OBJECTS: &str = "warm.object.";
 const OF_CONFIG: &str = "warm.config.";
+/// The same, for marks.
+const MARKS: &str = "warm.named.";
 
 /// Where it is said.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -38,9 +40,17 @@ pub(super) struct Target {
     pub(super) request: FetchRequest,
     /// Hold it as long as it is wanted.
     pub(super) pin: bool,
-    /// Whoever holds holds nothing but this.
-    pub(super) only: bool,
+    /// If the configuration names the holder, which may hold other things for other reasons: a second one that says
+    /// what is held for this entry.
+    pub(super) mark: Option<Holder>,
     pub(super) priority: i32,
+}
+
+impl Target {
+    /// Who holds what is held for this, and nothing else.
+    pub(super) fn own_holder(&self) -> Option<&Holder> {
+        self.mark.as_ref().or(self.request.pin.as_ref())
+    }
 }
 
 /// What one origin wants, or why that cannot be told.
@@ -99,7 +109,7 @@ impl ObjectView {
                 pin: Some(holder(OF_OBJECTS, name)),
             },
             pin: spec.pin,
-            only: true,
+            mark: None,
             priority: spec.priority,
         }))
     }
@@ -108,19 +118,22 @@ impl ObjectView {
 /// What the configuration wants.
 pub(super) fn of_config(requests: Vec<FetchRequest>) -> BTreeMap<Origin, Wish> {
     let target = |request: FetchRequest| match &request.pin {
-        Some(_) => Target {
+        Some(named) => Target {
+            mark: mark(named, &spelled(&request.model, &request.patterns)),
             request,
             pin: true,
-            only: false,
             priority: 0,
         },
         None => Target {
             request: FetchRequest {
-                pin: Some(holder(OF_CONFIG, &spelled(&request.model, &request.patterns))),
+                pin: Some(holder(
+                    OF_CONFIG,
+                    &spelled(&request.model, &request.patterns),
+                )),
                 ..request
             },
             pin: false,
-            only: true,
+            mark: None,
             priority: 0,
         },
     };
@@ -156,7 +169,7 @@ fn of_text(text: &str) -> Wish {
             patterns: Patterns::default(),
         },
         pin: true,
-        only: true,
+        mark: None,
         priority: 0,
     })
 }
@@ -188,13 +201,31 @@ fn holder(prefix: &str, text: &str) -> Holder {
         true => c,
         false => '-',
     };
-    let mut name: String = text.chars().map(keep).collect();
+    let dotted = text.replace("://", ".").replace('/', ".");
+    let mut name: String = dotted.chars().map(keep).collect();
     if name != text || prefix.len() + name.len() > LONGEST {
         let hash = Digest::of(text.as_bytes()).to_string();
         name = name.chars().take(60).collect();
         name = format!("{name}-{}", &hash[..12]);
     }
     Holder::operator(&format!("{prefix}{name}")).expect("its characters and length were seen to")
+}
+
+/// The mark of an entry of the configuration that names its holder. `None` if the name is too long to have one.
+fn mark(named: &Holder, entry: &str) -> Option<Holder> {
+    let hash = Digest::of(entry.as_bytes()).to_string();
+    let name = named.as_str().strip_prefix("operator/")?;
+    Holder::operator(&format!("{MARKS}{}.{name}", &hash[..12])).ok()
+}
+
+/// The holder that the configuration named, if `mark` is a mark.
+pub(super) fn named(mark: &Holder) -> Option<Holder> {
+    let (_, name) = mark
+        .as_str()
+        .strip_prefix("operator/")?
+        .strip_prefix(MARKS)?
+        .split_once('.')?;
+    Holder::operator(name).ok()
 }
 
 #[cfg(test)]
@@ -256,7 +287,10 @@ mod tests {
             .collect();
         assert_eq!(wanted.len(), 3);
         assert_eq!(failed.len(), 2, "{failed:?}");
-        assert!(failed.iter().all(|text| text.contains(PREFETCH)), "{failed:?}");
+        assert!(
+            failed.iter().all(|text| text.contains(PREFETCH)),
+            "{failed:?}"
+        );
     }
 
     #[test]
@@ -280,7 +314,10 @@ mod tests {
         for (spec, words) in [
             (json!({ "source": "hf://a/b/c" }), "org/name"),
             (json!({ "sauce": "hf://org/model" }), "cannot read it"),
-            (json!({ "source": "hf://org/model", "include": ["["] }), "pattern"),
+            (
+                json!({ "source": "hf://org/model", "include": ["["] }),
+                "pattern",
+            ),
         ] {
             let error = wishes(spec.clone(), &[])[0].clone().unwrap_err();
             assert!(error.contains(words), "{spec}: {error}");
@@ -317,8 +354,10 @@ mod tests {
         let wanted = of_config(vec![request(Some("serving")), request(None)]);
 
         let of = |n| wanted[&Origin::Config(n)].clone().unwrap();
-        assert_eq!(of(0).request.pin.unwrap().as_str(), "operator/serving");
-        assert!(of(0).pin && !of(0).only);
+        let serving = of(0).request.pin.unwrap();
+        assert_eq!(serving.as_str(), "operator/serving");
+        assert!(of(0).pin);
+        assert_eq!(named(&of(0).mark.unwrap()), Some(serving));
         assert!(!of(1).pin && of(1).request.pin.unwrap().as_str().contains("warm.config."));
     }
 }

@@ -60,7 +60,8 @@ impl Entry {
     }
 
     pub(super) fn wants(&self, request: &FetchRequest) -> bool {
-        self.target().is_some_and(|target| target.request == *request)
+        self.target()
+            .is_some_and(|target| target.request == *request)
     }
 
     /// Whether it waits for its turn.
@@ -84,7 +85,9 @@ impl Entry {
         self.message = pace(&progress);
         self.revision = progress.model.revision().map(str::to_owned);
         (self.bytes, self.done) = (Some(progress.bytes), Some(progress.bytes_done));
-        let learnt = progress.snapshot.filter(|id| self.snapshot.as_ref() != Some(id));
+        let learnt = progress
+            .snapshot
+            .filter(|id| self.snapshot.as_ref() != Some(id));
         self.snapshot.clone_from(&learnt);
         learnt
     }
@@ -132,7 +135,8 @@ impl Entry {
         self.snapshot = None;
         if pin {
             self.phase = NodePhase::Pending;
-            self.message = "it was removed, or set aside as damaged, and is fetched again".to_owned();
+            self.message =
+                "it was removed, or set aside as damaged, and is fetched again".to_owned();
             self.due = Some(Instant::now());
         } else {
             self.phase = NodePhase::Waiting;

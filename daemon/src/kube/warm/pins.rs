@@ -8,7 +8,7 @@ use weightd_core::errors::Chain;
 use weightd_core::model::SnapshotId;
 use weightd_core::store::{FetchRecord, Holder, Snapshot, Store, StoreError};
 
-use super::desired::{HOLDERS, OF_NODE, OF_OBJECTS, Target};
+use super::desired::{self, HOLDERS, OF_NODE, OF_OBJECTS, Target};
 
 /// Which parts of the warm set are known: what is not known is not let go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,7 +29,7 @@ pub(super) async fn release_stale(
         let stale = |holder: &Holder| is_stale(holder, &wanted, known);
         for (holder, id) in store.pins_of_operators(HOLDERS)? {
             if stale(&holder) {
-                store.unpin(&id, &holder)?;
+                unpin(&store, &id, &holder)?;
                 tracing::info!(snapshot = %id, %holder, "let go of a model that is no longer to be kept");
             }
         }
@@ -41,6 +41,14 @@ pub(super) async fn release_stale(
         tracing::warn!(error = %Chain(&error), "models that are no longer to be kept stay held");
         Vec::new()
     })
+}
+
+/// With a mark goes what it marks.
+fn unpin(store: &Store, id: &SnapshotId, holder: &Holder) -> Result<(), StoreError> {
+    if let Some(named) = desired::named(holder) {
+        store.unpin(id, &named)?;
+    }
+    store.unpin(id, holder).map(drop)
 }
 
 fn is_stale(holder: &Holder, wanted: &BTreeSet<Holder>, known: Known) -> bool {
@@ -55,18 +63,22 @@ fn is_stale(holder: &Holder, wanted: &BTreeSet<Holder>, known: Known) -> bool {
     is_known && !wanted.contains(holder)
 }
 
-/// Lets go of what else the target's holder holds, since it is known what it is to hold: `id`. That too if it is not to be
+/// Lets go of what else is held for the target, since it is known what that is to be: `id`. That too if it is not to be
 /// pinned, and `is_here`.
 pub(super) async fn hold_only(store: &Arc<Store>, target: &Target, id: &SnapshotId, is_here: bool) {
-    let (Some(holder), true) = (target.request.pin.clone(), target.only) else {
+    let Some(holder) = target.own_holder().cloned() else {
         return;
     };
     let (store, id, let_go) = (Arc::clone(store), id.clone(), is_here && !target.pin);
+    let marks = is_here && target.mark.is_some();
     let released = blocking::run(move || {
+        if marks {
+            store.pin(&id, &holder)?;
+        }
         let name = holder.as_str().trim_start_matches("operator/").to_owned();
         for (other, held) in store.pins_of_operators(&name)? {
             if other == holder && (held != id || let_go) {
-                store.unpin(&held, &holder)?;
+                unpin(&store, &held, &holder)?;
             }
         }
         Ok::<_, StoreError>(())
@@ -80,12 +92,15 @@ pub(super) async fn hold_only(store: &Arc<Store>, target: &Target, id: &Snapshot
 pub(super) async fn is_here(store: &Arc<Store>, target: &Target, id: &SnapshotId) -> bool {
     let (store, id) = (Arc::clone(store), id.clone());
     let holder = target.request.pin.clone().filter(|_| target.pin);
-    let looked = blocking::run(move || match holder {
-        Some(holder) => match store.pin(&id, &holder) {
-            Err(StoreError::Missing(_)) => Ok(false),
-            outcome => outcome.map(|()| true),
-        },
-        None => store.snapshot(&id).map(|found| found.is_some()),
+    let mark = target.mark.clone();
+    let looked = blocking::run(move || {
+        for holder in holder.iter().chain(&mark) {
+            match store.pin(&id, holder) {
+                Err(StoreError::Missing(_)) => return Ok(false),
+                outcome => outcome?,
+            }
+        }
+        store.snapshot(&id).map(|found| found.is_some())
     });
     looked.await.unwrap_or_else(|error| {
         tracing::warn!(error = %Chain(&error), "a model of the warm set not looked at");

@@ -19,8 +19,9 @@ const PAUSES: (Duration, Duration) = (Duration::from_secs(5), Duration::from_sec
 /// How long our entry may be missing in what is watched, after it was written, until it is written again.
 const SETTLED: Duration = Duration::from_secs(30);
 
-/// How long an entry is not told as pending that is new: one that is here already is told as ready, with one write or none.
-const PENDING: Duration = Duration::from_secs(5);
+/// For how long after a write, or the start, it is not told that an entry is under way: one that is soon here is told as
+/// ready, with one write or none.
+const UNDER_WAY: Duration = Duration::from_secs(5);
 
 /// Writes the status of objects.
 pub(super) struct Teller {
@@ -159,8 +160,9 @@ impl Told {
             // Somebody took it away.
             self.entry = None;
         }
+        let under_way = [NodePhase::Pending, NodePhase::Fetching];
         let news = match status {
-            Some(status) if status.phase == NodePhase::Pending && age < PENDING => false,
+            Some(status) if under_way.contains(&status.phase) && age < UNDER_WAY => false,
             Some(status) => status::is_news(status, self.entry.as_ref(), age, object.nodes),
             None => self.entry.is_some(),
         };
