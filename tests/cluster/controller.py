@@ -22,12 +22,13 @@ WITH_POLICY = ["--set", "injection.mode=policy"]
 class Controller(Processes):
     """The replicas of the Deployment, each with an address of its own, as pods have."""
 
-    def __init__(self, cluster):
+    def __init__(self, cluster, *options, **env):
         super().__init__(cluster.directory("controller"))
         self.cluster, self.admin, self.running = cluster, cluster.plane.admin, {}
+        self.options, self.env = [*WITH_WEBHOOK, *options], env
 
     def __enter__(self):
-        things = self.cluster.install(*WITH_WEBHOOK)
+        things = self.cluster.install(*self.options)
         self.deployment = next(thing for thing in things if thing["kind"] == "Deployment")
         volumes = {volume["name"]: volume for volume in self.deployment["spec"]["template"]["spec"]["volumes"]}
         about = ("ConfigMap", volumes["config"]["configMap"]["name"])
@@ -54,7 +55,7 @@ class Controller(Processes):
         file = self.work / f"{name}.toml"
         file.write_text(toml(config))
         program = self.cluster.binaries / "weightd"
-        own = {"POD_NAMESPACE": NAMESPACE, "POD_NAME": f"weightd-controller-{name}", "HOME": str(self.work)}
+        own = {"POD_NAMESPACE": NAMESPACE, "POD_NAME": f"weightd-controller-{name}", "HOME": str(self.work)} | self.env
         self.running[name] = self.start(f"replica-{name}", program, "controller", "--config", file, env=own)
 
     def publish(self, *names):
