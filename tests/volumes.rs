@@ -8,6 +8,8 @@ mod annotations;
 mod api;
 #[path = "volumes/buckets.rs"]
 mod buckets;
+#[path = "volumes/expose.rs"]
+mod expose;
 #[path = "volumes/filling.rs"]
 mod filling;
 #[path = "volumes/mounts.rs"]

@@ -9,12 +9,15 @@
 //! ```
 //!
 //! [`endpoint`] takes the socket that kubelet knows the plugin by, [`identity`] says who answers on it,
-//! [`controller`] that there is none, [`node`] does the work and [`reconcile`] sets right what crashes left.
-//! The plugin keeps nothing on disk: the kernel knows the mounts, the daemon the pins.
+//! [`controller`] that there is none, [`events`] tells pods how far their volumes are, [`node`] does the work
+//! and [`reconcile`] sets right what crashes left. [`expose`] is a program of its own: it shows a claim's file
+//! system to the node. The plugin keeps nothing on disk: the kernel knows the mounts, the daemon the pins.
 
 pub mod controller;
 pub mod daemon;
 pub mod endpoint;
+pub mod events;
+pub mod expose;
 pub mod identity;
 pub mod mount;
 pub mod node;

@@ -7,11 +7,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use clap::Parser;
+use clap::{ArgAction, Parser};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 use weightd_csi::daemon::Daemon;
 use weightd_csi::endpoint::Endpoint;
+use weightd_csi::events::{self, Events};
 use weightd_csi::mount::Workshop;
 use weightd_csi::node::Node;
 use weightd_csi::pod::Pods;
@@ -23,7 +24,10 @@ const DEFAULT_FILTER: &str = "info,kube_client::client::builder=off";
 
 /// The CSI plugin of weightd: mounts verified model weights, read-only, into pods.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(
+    version,
+    after_help = "`weightd-csi expose --help`: shows a directory, such as that of a volume claim, to the node."
+)]
 struct Arguments {
     /// The socket on which kubelet calls: unix:///path/to/csi.sock
     #[arg(long, env = "CSI_ENDPOINT", value_name = "URL")]
@@ -54,22 +58,76 @@ struct Arguments {
     #[arg(long, value_name = "SECONDS", default_value_t = reconcile::GRACE.as_secs())]
     grace: u64,
 
+    /// Tell pods by Events how far their volumes are
+    #[arg(long, value_name = "BOOL", default_value_t = true, action = ArgAction::Set)]
+    events: bool,
+
+    /// How long a volume may take before its pod is told, in seconds; later words come after growing pauses
+    #[arg(long, value_name = "SECONDS", default_value_t = events::AFTER.as_secs(), value_parser = clap::value_parser!(u64).range(1..=3600))]
+    events_after: u64,
+
     /// How to reach the API server, which is asked for pod annotations; the pod's service account if left out
     #[arg(long, value_name = "FILE")]
     kubeconfig: Option<PathBuf>,
 }
 
+/// Shows a directory at another place of the node until SIGTERM: the volume claim of the shared tier, which the
+/// daemon is not to depend on.
+#[derive(Debug, Parser)]
+#[command(name = "weightd-csi expose", version)]
+struct Expose {
+    /// The directory to show
+    #[arg(long, value_name = "DIR", value_parser = absolute)]
+    from: PathBuf,
+
+    /// Where to show it, below a directory that propagates to the node; made if it is not there
+    #[arg(long, value_name = "DIR", value_parser = absolute)]
+    to: PathBuf,
+}
+
+fn absolute(given: &str) -> Result<PathBuf, &'static str> {
+    let path = PathBuf::from(given);
+    path.is_absolute()
+        .then_some(path)
+        .ok_or("write an absolute path")
+}
+
 #[tokio::main]
 async fn main() -> ExitCode {
+    let mut words = std::env::args_os();
+    let program = words.next();
+    let rest: Vec<_> = words.collect();
+    if rest.first().is_some_and(|word| word == "expose") {
+        let arguments = Expose::parse_from(program.into_iter().chain(rest.into_iter().skip(1)));
+        log();
+        let code = told(expose(arguments).await, "not exposed any more");
+        // A call that hangs in a file system that is away would keep the runtime from ending.
+        std::process::exit(code.into());
+    }
     let arguments = Arguments::parse();
     log();
-    match run(arguments).await {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            tracing::error!(error = format!("{error:#}"), "plugin failed");
-            ExitCode::FAILURE
+    told(run(arguments).await, "plugin failed").into()
+}
+
+/// Tells of the error, and gives the exit code.
+fn told(outcome: anyhow::Result<()>, what: &'static str) -> u8 {
+    let Err(error) = outcome else { return 0 };
+    tracing::error!(error = format!("{error:#}"), "{what}");
+    1
+}
+
+async fn expose(arguments: Expose) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot catch SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot catch SIGINT")?;
+    let stop = async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
         }
-    }
+    };
+    let Expose { from, to } = arguments;
+    let what = format!("cannot show {} at {}", from.display(), to.display());
+    weightd_csi::expose::run(from, to, stop).await.context(what)
 }
 
 async fn run(arguments: Arguments) -> anyhow::Result<()> {
@@ -98,6 +156,9 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         arguments.node_id.clone(),
     );
     node.publish_wait = Duration::from_secs(arguments.publish_wait);
+    let after = Duration::from_secs(arguments.events_after);
+    let tells = arguments.events && node.pods.is_some();
+    node.events = tells.then(|| Events::new(after));
     let node = Arc::new(node);
     tracing::info!(
         endpoint = %arguments.endpoint,
@@ -105,6 +166,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         daemon_socket = %arguments.daemon_socket.display(),
         kubelet_dir = %arguments.kubelet_dir.display(),
         reads_pods = node.pods.is_some(),
+        tells_pods = node.events.is_some(),
         kubeconfig = arguments.kubeconfig.map(|path| path.display().to_string()),
         version = env!("CARGO_PKG_VERSION"),
         "listening"
@@ -118,8 +180,10 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     // After the socket: kubelet may ask while what crashes left is set right.
     let grace = Duration::from_secs(arguments.grace);
     let reconciler = tokio::spawn(reconcile::run(Arc::clone(&node), grace));
+    let teller = tokio::spawn(events::run(Arc::clone(&node)));
     let served = weightd_csi::serve(listening, node, stop).await;
     reconciler.abort();
+    teller.abort();
     served.with_context(|| format!("cannot go on serving {}", arguments.endpoint))
 }
 

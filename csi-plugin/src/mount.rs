@@ -23,6 +23,8 @@ const FLAGS: MsFlags = MsFlags::MS_RDONLY
 /// Source: proc_pid_mountinfo(5).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mount {
+    /// The file system's device, as `major:minor`.
+    pub device: String,
     /// The directory within its file system which is mounted.
     pub root: PathBuf,
     /// Where it is mounted.
@@ -42,6 +44,14 @@ pub struct MountError {
 }
 
 impl MountError {
+    pub(crate) fn new(op: &'static str, path: &Path, source: impl Into<io::Error>) -> Self {
+        Self {
+            op,
+            path: path.to_owned(),
+            source: source.into(),
+        }
+    }
+
     /// What the operator can do about it, if there is something.
     #[must_use]
     pub fn hint(&self) -> Option<&'static str> {
@@ -53,14 +63,6 @@ impl MountError {
                 Some("weightd-csi must be allowed to mount: its container is privileged")
             }
             _ => None,
-        }
-    }
-
-    fn new(op: &'static str, path: &Path, source: impl Into<io::Error>) -> Self {
-        Self {
-            op,
-            path: path.to_owned(),
-            source: source.into(),
         }
     }
 }
@@ -80,12 +82,14 @@ pub fn mounts() -> Result<Vec<Mount>, MountError> {
 }
 
 fn parse(line: &[u8]) -> Option<Mount> {
-    let mut fields = line.split(|byte| *byte == b' ').skip(3);
+    let mut fields = line.split(|byte| *byte == b' ').skip(2);
+    let device = String::from_utf8(fields.next()?.to_vec()).ok()?;
     let root = unescape(fields.next()?);
     let target = unescape(fields.next()?);
     let options: Vec<&[u8]> = fields.next()?.split(|byte| *byte == b',').collect();
     let wanted: [&[u8]; 4] = [b"ro", b"nosuid", b"nodev", b"noexec"];
     Some(Mount {
+        device,
         root,
         target,
         locked_down: wanted.iter().all(|flag| options.contains(flag)),
@@ -343,6 +347,7 @@ mod tests {
     fn a_line_of_mountinfo_is_read() {
         let mount = parse(LINE).expect("a mount");
 
+        assert_eq!(mount.device, "98:0");
         assert_eq!(mount.root, Path::new("/mnt 1/snapshots/hf-x/tree"));
         assert_eq!(mount.target, Path::new("/pods/a\\b"));
         assert!(mount.locked_down);
@@ -364,6 +369,7 @@ mod tests {
         let id = "hf-org-model-0123456789abcdef01234567";
         let shown = |root: &str| {
             let mount = Mount {
+                device: "98:0".to_owned(),
                 root: root.into(),
                 target: "/pods/v".into(),
                 locked_down: true,

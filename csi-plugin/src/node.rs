@@ -17,9 +17,10 @@ use weightd_proto::weightd::v1::{AcquireRequest, Acquired};
 
 use crate::blocking;
 use crate::daemon::Daemon;
+use crate::events::{Events, Telling};
 use crate::mount::{self, Mount, Shown, Workshop};
 use crate::pod::{ModelAnnotation, PodName, Pods, model_annotation};
-use crate::volume::{KubeletDir, Target, Volume};
+use crate::volume::{self, KubeletDir, Target, Volume};
 
 pub(crate) mod words;
 
@@ -48,6 +49,8 @@ pub struct Node {
     pub workshop: Workshop,
     /// The API server, if there is one.
     pub pods: Option<Pods>,
+    /// What pods are told of their volumes, if there is somebody to tell.
+    pub events: Option<Events>,
     /// The Node object's name.
     pub node_id: String,
     /// How long a publish call waits.
@@ -94,6 +97,7 @@ impl Node {
             kubelet,
             workshop,
             pods,
+            events: None,
             node_id,
             publish_wait: PUBLISH_WAIT,
             stop: CancellationToken::new(),
@@ -169,16 +173,32 @@ impl Node {
             }
             Some(Shown::Deleted) | None => {}
         }
-        let volume = Volume::parse(request, &self.kubelet)?;
-        let acquired = self.ask(volume, deadline, &left).await?;
-        if shown.is_some() {
-            self.unmount(&target).await?;
+        let telling = self.telling(&request, &target);
+        let mounted = async {
+            let volume = Volume::parse(request, &self.kubelet)?;
+            let acquired = self.ask(volume, deadline, &left, &telling).await?;
+            if shown.is_some() {
+                self.unmount(&target).await?;
+            }
+            self.mount(&acquired, &target).await?;
+            Ok(acquired)
+        };
+        match mounted.await {
+            Ok(acquired) => telling.mounted(&acquired),
+            Err(status) => {
+                telling.failed(&status);
+                return Err(status);
+            }
         }
+        Ok(())
+    }
+
+    async fn mount(self: &Arc<Self>, acquired: &Acquired, target: &Target) -> Result<(), Status> {
         let (from, to) = (PathBuf::from(&acquired.path), target.path.clone());
-        let node = Arc::clone(&self);
+        let node = Arc::clone(self);
         let mounted = blocking(move || node.workshop.bind(&from, &to)).await;
         if let Err(error) = mounted {
-            self.let_go(&target).await;
+            self.let_go(target).await;
             return Err(words::of_mount(&error));
         }
         tracing::info!(
@@ -186,6 +206,15 @@ impl Node {
             complete = acquired.complete, "volume mounted"
         );
         Ok(())
+    }
+
+    /// Tells the pod that kubelet vouches for.
+    fn telling(&self, request: &csi::NodePublishVolumeRequest, target: &Target) -> Telling {
+        let pod = volume::pod(&request.volume_context, target).ok().flatten();
+        match (&self.events, pod) {
+            (Some(events), Some(pod)) => events.tell(target, &pod),
+            _ => Telling::nobody(),
+        }
     }
 
     /// Has the rest of a mounted volume brought, with the pod's credentials, which the daemon may have lost. The
@@ -200,18 +229,21 @@ impl Node {
         if is_complete(target).await {
             return;
         }
+        let telling = self.telling(&request, target);
         let asked = async {
             let volume = Volume::parse(request, &self.kubelet)?;
             let pod = volume.pod.clone();
             let rest = volume.rest();
-            self.acquire(rest, pod.as_ref(), deadline, left).await
+            let waiting = (deadline, left);
+            self.acquire(rest, pod.as_ref(), waiting, &telling).await
         };
-        if let Err(status) = asked.await {
-            words::log(
+        match asked.await {
+            Ok(acquired) => telling.mounted(&acquired),
+            Err(status) => words::log(
                 "volume not completed",
                 &target.path.display().to_string(),
                 &status,
-            );
+            ),
         }
     }
 
@@ -274,6 +306,7 @@ impl Node {
         volume: Volume,
         deadline: Instant,
         left: &CancellationToken,
+        telling: &Telling,
     ) -> Result<Acquired, Status> {
         let target = volume.target.clone();
         let annotation = match volume.needs_annotation() {
@@ -284,7 +317,8 @@ impl Node {
         let pod = volume.pod.clone();
         let acquired = async {
             let request = volume.request(model)?;
-            self.acquire(request, pod.as_ref(), deadline, left).await
+            let waiting = (deadline, left);
+            self.acquire(request, pod.as_ref(), waiting, telling).await
         };
         acquired.await.map_err(|status| match &annotation {
             Some(found) => words::of_annotated(&found.key, status),
@@ -317,11 +351,12 @@ impl Node {
         &self,
         request: AcquireRequest,
         pod: Option<&PodName>,
-        deadline: Instant,
-        left: &CancellationToken,
+        (deadline, left): (Instant, &CancellationToken),
+        telling: &Telling,
     ) -> Result<Acquired, Status> {
         let model = request.model.as_ref();
         let model = model.map(|spec| spec.model.clone()).unwrap_or_default();
+        telling.model(&model);
         let told = Mutex::new(None);
         let acquired = async {
             let mut events = self.daemon.acquire(request).await?;
@@ -331,6 +366,7 @@ impl Node {
                     Some(event) => match event.event {
                         Some(Event::Done(acquired)) => return Ok(acquired),
                         Some(Event::Progress(now)) => {
+                            telling.progress(&now);
                             *told.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
                         }
                         None => {}
@@ -341,10 +377,13 @@ impl Node {
         };
         tokio::select! {
             biased;
-            acquired = acquired => acquired,
-            () = self.deleted(pod) => Err(Status::aborted(format!(
-                "the pod is being deleted: its volume is not waited for (the fetch of {model} goes on)"
-            ))),
+            acquired = acquired => acquired.inspect_err(|status| telling.refused(status)),
+            () = self.deleted(pod) => {
+                telling.gone();
+                Err(Status::aborted(format!(
+                    "the pod is being deleted: its volume is not waited for (the fetch of {model} goes on)"
+                )))
+            }
             () = left.cancelled() => Err(Status::cancelled("kubelet gave up on the call")),
             () = self.stop.cancelled() => Err(Status::unavailable(
                 "the plugin is stopping\nhint: nothing to do: the fetch goes on, and kubelet asks again",
@@ -388,6 +427,9 @@ impl Node {
             return Err(foreign(target));
         }
         self.unmount(target).await?;
+        if let Some(events) = &self.events {
+            events.end(&target.holder);
+        }
         // What is not mounted needs no pin, whatever else lies in the directory.
         self.let_go(target).await;
         let path = target.path.clone();

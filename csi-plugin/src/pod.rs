@@ -205,6 +205,12 @@ impl Pods {
         }
     }
 
+    /// The way to the server.
+    #[must_use]
+    pub fn client(&self) -> Client {
+        self.client.clone()
+    }
+
     /// The namespace of `pod`.
     fn beside(&self, pod: &PodName) -> Api<Metadata> {
         Api::namespaced(self.client.clone(), &pod.namespace)

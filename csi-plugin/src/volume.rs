@@ -304,7 +304,10 @@ fn check_capability(request: &NodePublishVolumeRequest) -> Result<(), Status> {
 
 /// The pod that kubelet vouches for. Its uid is also part of the target path, which nobody but kubelet
 /// chooses: if the two differ, somebody else wrote these keys.
-fn pod(context: &HashMap<String, String>, target: &Target) -> Result<Option<PodName>, Status> {
+pub(crate) fn pod(
+    context: &HashMap<String, String>,
+    target: &Target,
+) -> Result<Option<PodName>, Status> {
     let get = |key: &str| context.get(&format!("{KUBELET}{key}")).cloned();
     let (Some(uid), Some(name), Some(namespace)) =
         (get("pod.uid"), get("pod.name"), get("pod.namespace"))

@@ -46,6 +46,7 @@ pub struct Config {
     pub shutdown: ShutdownSection,
     pub shared: SharedSection,
     pub kubernetes: KubernetesSection,
+    pub controller: ControllerSection,
     pub prefetch: Vec<Prefetch>,
 }
 
@@ -84,6 +85,7 @@ impl Default for Config {
             shutdown: ShutdownSection::default(),
             shared: SharedSection::default(),
             kubernetes: KubernetesSection::default(),
+            controller: ControllerSection::default(),
             prefetch: Vec::new(),
         }
     }
@@ -258,6 +260,7 @@ impl Config {
         self.policy()?;
         self.check_shared()?;
         self.check_kubernetes()?;
+        self.check_controller()?;
         let filter = tracing_subscriber::EnvFilter::try_new(&self.log.level);
         ensure(
             filter.is_ok(),
@@ -319,6 +322,26 @@ impl Config {
             kubernetes.labels <= 64,
             "kubernetes.labels",
             "it is at most 64",
+        )
+    }
+
+    fn check_controller(&self) -> Result<(), ConfigError> {
+        let controller = &self.controller;
+        ensure(
+            !controller.service.is_empty(),
+            "controller.service",
+            "it is not empty",
+        )?;
+        let absolute = |path: &PathBuf| path.is_absolute();
+        ensure(
+            controller.certificate_dir.as_ref().is_none_or(absolute),
+            "controller.certificate_dir",
+            "it is an absolute path",
+        )?;
+        ensure(
+            (1..=16).contains(&controller.fills),
+            "controller.fills",
+            "it is between 1 and 16",
         )
     }
 
@@ -635,6 +658,8 @@ mod tests {
             "shared.segment",
             "kubernetes.node",
             "kubernetes.kubeconfig",
+            "controller.webhook",
+            "controller.certificate_dir",
         ] {
             assert!(
                 keys.insert(key.to_owned(), String::new()).is_none(),

@@ -2,6 +2,7 @@
 
 pub mod access;
 pub mod config;
+pub mod controller;
 pub mod kube;
 pub mod process;
 pub mod rpc;

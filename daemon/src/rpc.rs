@@ -344,7 +344,8 @@ impl Control for ControlService {
         use wire::acquire_event::Event;
         let mut request = request.into_inner();
         let given = convert::Given::take(&mut request);
-        let request = if request.mounted {
+        let mounted = request.mounted;
+        let request = if mounted {
             let holder = holder(&request.holder)?;
             let opened = self.0.volumes.opened_for(&holder).await;
             let opened = opened.map_err(|error| of_store(&error))?.ok_or_else(|| {
@@ -363,6 +364,7 @@ impl Control for ControlService {
                 // Progress that nobody reads in time may be lost.
                 let _ = events.try_send(Ok(wire::AcquireEvent { event: Some(event) }));
             };
+            let _waiting = engine.metrics.acquiring();
             let acquired = tokio::select! {
                 biased;
                 // What a client that left was given is taken back: its next call begins anew.
@@ -375,6 +377,10 @@ impl Control for ControlService {
                 Err(status) if status.code() == Code::PermissionDenied => "denied",
                 Err(_) => "failed",
             });
+            // One that is mounted was counted before.
+            if let (Ok(acquired), false) = (&acquired, mounted) {
+                engine.metrics.volume(acquired.waited, acquired.bytes);
+            }
             let last = acquired.as_ref().map(|acquired| wire::AcquireEvent {
                 event: Some(Event::Done(convert::acquired(acquired))),
             });
@@ -401,9 +407,13 @@ impl Control for ControlService {
         _: Request<wire::VolumesRequest>,
     ) -> Result<Response<wire::VolumesResponse>, Status> {
         let volumes = self.0.volumes.list().await;
+        let told = self.0.volumes.told();
         let volumes = volumes.map_err(|error| of_store(&error))?;
         Ok(Response::new(wire::VolumesResponse {
-            volumes: volumes.iter().map(convert::volume).collect(),
+            volumes: volumes
+                .iter()
+                .map(|volume| convert::volume(volume, told.get(&volume.holder)))
+                .collect(),
         }))
     }
 

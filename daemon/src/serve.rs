@@ -29,9 +29,9 @@ use crate::rpc::{ControlService, Engine};
 use crate::sources::{Origins, OriginsError};
 use crate::volumes::Volumes;
 
-mod http;
+pub(crate) mod http;
 mod scrub;
-mod socket;
+pub(crate) mod socket;
 
 /// Why the daemon does not run.
 #[derive(Debug, thiserror::Error)]

@@ -1,9 +1,9 @@
 //! What pods' volumes need: the right to a model, its files, and a directory to mount that stays as long
 //! as it is held.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -19,6 +19,7 @@ mod fill;
 mod turn;
 
 use fill::Filler;
+pub use fill::Told;
 use turn::{Turn, Turns, Untold};
 
 /// How often a snapshot that was fetched may be evicted before its volume could pin it, and how often a
@@ -53,6 +54,10 @@ pub struct Acquired {
     pub snapshot: SnapshotId,
     /// All files are there.
     pub complete: bool,
+    /// The bytes of all files; `None` while they are not there.
+    pub bytes: Option<u64>,
+    /// Somebody waits, or has waited, for the files.
+    pub waited: bool,
     untold: Untold,
 }
 
@@ -135,6 +140,11 @@ pub struct Volumes {
     access: Access,
     /// Who works on volumes that are mounted and not complete.
     filling: Mutex<HashMap<Holder, Filler>>,
+    /// Whose files were not there when they were first asked for. Kubelet gives up and asks again: that the files
+    /// are there by then is no luck.
+    waiting: Mutex<HashSet<Holder>>,
+    /// How far the volumes are that this process fills or has filled.
+    told: Mutex<HashMap<Holder, Told>>,
     /// The calls that are under way, by holder.
     turns: Mutex<HashMap<Holder, Weak<Turns>>>,
     stop: CancellationToken,
@@ -150,6 +160,8 @@ impl Volumes {
             fetcher,
             access,
             filling: Mutex::default(),
+            waiting: Mutex::default(),
+            told: Mutex::default(),
             turns: Mutex::default(),
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
@@ -190,13 +202,19 @@ impl Volumes {
         }
         for _ in 0..TURNS {
             if let Some(acquired) = self.hold(request, &turn, &record).await? {
-                return Ok(acquired);
+                let waited = self.waiting().remove(&request.holder);
+                return Ok(Acquired { waited, ..acquired });
             }
+            self.waiting().insert(request.holder.clone());
             self.bring(&record, Some(&grant), &mut |now, _| progress(now))
                 .await?;
         }
         let model = model.clone();
         Err(AcquireError::Evicted { model })
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, HashSet<Holder>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What the holder's own directory was opened for, if it has one.
@@ -247,9 +265,10 @@ impl Volumes {
                 // Of an earlier call, which was never mounted: nobody is to fill it.
                 store.remove_volume(&holder)?;
             }
-            Ok(Some((path, manifest.model)))
+            let bytes = manifest.bytes();
+            Ok(Some((path, manifest.model, bytes)))
         });
-        let Some(((path, model), untold)) = held.await? else {
+        let Some(((path, model, bytes), untold)) = held.await? else {
             return Ok(None);
         };
         self.stop_filling(&request.holder);
@@ -258,6 +277,8 @@ impl Volumes {
             model,
             snapshot: id,
             complete: true,
+            bytes: Some(bytes),
+            waited: false,
             untold,
         }))
     }
@@ -278,10 +299,12 @@ impl Volumes {
             if held.is_some() {
                 store.complete_volume(&holder, &id)?;
             }
-            Ok(Some((path, held.is_some())))
+            let bytes = held.map(|(manifest, _)| manifest.bytes());
+            Ok(Some((path, bytes)))
         });
         let given = given.await?;
-        let ((path, complete), untold) = given.expect("a volume can always be opened");
+        let ((path, bytes), untold) = given.expect("a volume can always be opened");
+        let complete = bytes.is_some();
         let (model, snapshot) = (record.model.at(&record.revision), record.snapshot());
         match complete {
             true => self.stop_filling(&request.holder),
@@ -292,6 +315,8 @@ impl Volumes {
             model,
             snapshot,
             complete,
+            bytes,
+            waited: !complete,
             untold,
         })
     }
@@ -383,7 +408,14 @@ async fn follow(
     loop {
         tokio::select! {
             biased;
-            outcome = &mut outcome => return outcome,
+            outcome = &mut outcome => {
+                // Else whoever listens would never hear of the last bytes.
+                if outcome.is_ok() && changes.has_changed().unwrap_or_default() {
+                    let now = changes.borrow_and_update().clone();
+                    report(&now, tree.borrow().clone());
+                }
+                return outcome;
+            }
             Ok(()) = changes.changed() => {
                 let now = changes.borrow_and_update().clone();
                 report(&now, tree.borrow().clone());

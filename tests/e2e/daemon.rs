@@ -500,8 +500,11 @@ fn metrics_and_health_are_served() {
             .starts_with("HTTP/1.1 200")
     );
     let fetched = daemon.ask(&["prefetch", "hf://org/model"]).json();
+    let absent = daemon.ask(&["prefetch", "hf://org/absent"]);
+    assert_eq!(absent.code, Some(1));
     let metrics = get(free, "/metrics").expect("an answer");
     for line in [
+        "weightd_fetch_failures_total{source=\"hf\",reason=\"not_found\"} 1".to_owned(),
         format!(
             "weightd_fetch_bytes_total{{source=\"hf\"}} {}",
             fetched["bytes"]

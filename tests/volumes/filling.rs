@@ -1,6 +1,8 @@
 //! Volumes that are asked for again, by others, or by nobody any more, while they are filled.
 
 use std::fs;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -12,7 +14,7 @@ use weightd_proto::weightd::v1::acquire_event::Event;
 use weightd_proto::weightd::v1::control_client::ControlClient;
 use weightd_standin::{Fault, FaultKind, Files, Gated, HubConfig, Origin, Repo};
 
-use crate::node::{Node, contents, files, tree};
+use crate::node::{Ask, Node, contents, files, tree};
 
 const MODEL: &str = "hf://org/model";
 const TOKEN: &str = "hf_tenantAmayread";
@@ -316,4 +318,34 @@ async fn a_long_name_is_its_askers_own_error() {
         done = matches!(event.event, Some(Event::Done(_)));
     }
     assert!(done, "it ended without an answer");
+}
+
+#[tokio::test]
+async fn what_pods_were_given_and_whether_they_waited_is_counted() {
+    let free = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = free.local_addr().expect("an address");
+    drop(free);
+    let mut node = Node::new(HubConfig::default());
+    node.config = format!("[metrics]\nlisten = '{address}'\n");
+    node.start().await;
+    for pod in ["pod-1", "pod-2", "pod-2"] {
+        let asked = Ask::model(pod, MODEL);
+        node.publish(&asked).await.expect("published");
+    }
+
+    let mut asking = TcpStream::connect(address).expect("it listens");
+    write!(asking, "GET /metrics HTTP/1.1\r\nHost: weightd\r\n\r\n").expect("asked");
+    let mut answer = String::new();
+    asking.read_to_string(&mut answer).expect("an answer");
+
+    let bytes: usize = contents(1).iter().map(|(_, bytes)| bytes.len()).sum();
+    for line in [
+        "weightd_acquires_active 0".to_owned(),
+        "weightd_volumes_total{found=\"waited\"} 1".to_owned(),
+        "weightd_volumes_total{found=\"here\"} 1".to_owned(),
+        format!("weightd_volume_bytes_total{{found=\"waited\"}} {bytes}"),
+        format!("weightd_volume_bytes_total{{found=\"here\"}} {bytes}"),
+    ] {
+        assert!(answer.contains(&line), "`{line}` is missing: {answer}");
+    }
 }

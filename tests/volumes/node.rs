@@ -36,6 +36,18 @@ impl Running {
         self.0.wait().expect("it ends");
     }
 
+    /// Its exit code, once it has ended by itself.
+    pub(crate) async fn exit_code(&mut self) -> Option<i32> {
+        let begun = Instant::now();
+        loop {
+            if let Some(status) = self.0.try_wait().expect("it can be waited for") {
+                return status.code();
+            }
+            assert!(begun.elapsed() < Duration::from_secs(20), "it does not end");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
     /// Whether it dies by SIGKILL on its own, as at a fault point. Its sockets close a moment before that.
     pub(crate) async fn dies(&mut self) -> bool {
         let begun = Instant::now();
@@ -57,13 +69,13 @@ impl Drop for Running {
 }
 
 /// A mount namespace, and a user namespace where the test is not root. It lives as long as this does.
-struct Namespace {
+pub(crate) struct Namespace {
     keeper: Running,
     root: bool,
 }
 
 impl Namespace {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let root = nix::unistd::geteuid().is_root();
         let mut command = Command::new("unshare");
         if !root {
@@ -84,7 +96,7 @@ impl Namespace {
         Self { keeper, root }
     }
 
-    fn command(&self, program: &Path) -> Command {
+    pub(crate) fn command(&self, program: &Path) -> Command {
         let mut command = Command::new("nsenter");
         command.arg(format!("--target={}", self.keeper.pid()));
         if !self.root {
@@ -96,7 +108,7 @@ impl Namespace {
 
     /// As the node has kubelet's directory: a mount in a container that has it too, with `Bidirectional`
     /// propagation, appears on the node.
-    fn share(&self, dir: &Path) {
+    pub(crate) fn share(&self, dir: &Path) {
         let mut command = self.command(Path::new("sh"));
         let script = "mount --bind \"$1\" \"$1\" && mount --make-shared \"$1\"";
         let status = command.args(["-c", script, "share"]).arg(dir).status();
@@ -104,7 +116,7 @@ impl Namespace {
     }
 
     /// The same in a mount namespace of its own, as a container has one.
-    fn container(&self, program: &Path) -> Command {
+    pub(crate) fn container(&self, program: &Path) -> Command {
         let mut command = self.command(Path::new("unshare"));
         command.args(["--mount", "--propagation", "unchanged", "--"]);
         command.arg(program);
@@ -112,7 +124,7 @@ impl Namespace {
     }
 
     /// `path` as the namespace sees it.
-    fn see(&self, path: &Path) -> PathBuf {
+    pub(crate) fn see(&self, path: &Path) -> PathBuf {
         let below = path.strip_prefix("/").expect("an absolute path");
         Path::new(&format!("/proc/{}/root", self.keeper.pid())).join(below)
     }

@@ -2,9 +2,10 @@
 
 use std::error::Error;
 
+use k8s_openapi::jiff::Timestamp;
 use tonic::{Code, Status};
-use weightd_proto::weightd::v1::Progress;
 use weightd_proto::weightd::v1::progress::Phase;
+use weightd_proto::weightd::v1::{Progress, Wait};
 
 use crate::mount::MountError;
 use crate::pod::PodError;
@@ -56,7 +57,10 @@ pub(super) fn of_annotated(key: &str, status: Status) -> Status {
 pub(super) fn still_fetching(model: &str, progress: Option<&Progress>) -> Status {
     const GO_ON: &str = "hint: nothing to do: the fetch goes on, and kubelet asks again";
     let Some(now) = progress.filter(|now| now.bytes > 0) else {
-        let text = format!("{model} is not here yet: its origin has not said what it holds");
+        let mut text = format!("{model} is not here yet: its origin has not said what it holds");
+        if let Some(wait) = progress.and_then(|now| now.wait.as_ref()) {
+            text += &format!(", {}", waiting_for(wait));
+        }
         return Status::aborted(format!("{text}\n{GO_ON}"));
     };
     let model = if now.model.is_empty() {
@@ -73,6 +77,10 @@ pub(super) fn still_fetching(model: &str, progress: Option<&Progress>) -> Status
     }
     let (done, all) = (bytes(now.bytes_done as f64), bytes(now.bytes as f64));
     let mut text = format!("{model} is still being fetched: {done} of {all}");
+    if let Some(wait) = &now.wait {
+        text += &format!(", {}", waiting_for(wait));
+        return Status::aborted(format!("{text}\n{GO_ON}"));
+    }
     if now.bytes_per_second > 0.0 {
         text += &format!(" at {}/s", bytes(now.bytes_per_second));
     }
@@ -82,7 +90,14 @@ pub(super) fn still_fetching(model: &str, progress: Option<&Progress>) -> Status
     Status::aborted(format!("{text}\n{GO_ON}"))
 }
 
-fn bytes(bytes: f64) -> String {
+/// What it waits for, and until when: an Event is read later than it is written.
+pub(crate) fn waiting_for(wait: &Wait) -> String {
+    let until = wait.until.and_then(|at| Timestamp::from_second(at).ok());
+    let until = until.map(|at| format!(", until {} UTC", at.strftime("%H:%M:%S")));
+    format!("waiting for {}{}", wait.detail, until.unwrap_or_default())
+}
+
+pub(crate) fn bytes(bytes: f64) -> String {
     let (mut amount, mut unit) = (bytes, "B");
     for larger in ["KiB", "MiB", "GiB", "TiB"] {
         if amount < 1024.0 {
@@ -96,7 +111,7 @@ fn bytes(bytes: f64) -> String {
     }
 }
 
-fn time(seconds: f64) -> String {
+pub(crate) fn time(seconds: f64) -> String {
     match seconds.round() as u64 {
         seconds @ 0..100 => format!("{seconds} s"),
         seconds @ 100..6000 => format!("{} min", seconds.div_ceil(60)),

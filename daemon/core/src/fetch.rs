@@ -34,10 +34,12 @@ mod share;
 #[cfg(test)]
 mod tests;
 mod turns;
+mod wait;
 
 pub use check::CheckError;
 pub use plan::{Plan, PlannedFile};
 pub use progress::{Phase, Progress};
+pub use wait::Wait;
 
 use progress::Meter;
 use turns::{FileTurns, SnapshotTurns};
@@ -180,6 +182,25 @@ impl FetchError {
             Self::Unwanted { .. } => None,
             Self::Defect { .. } => Some("please report it with the log".to_owned()),
         }
+    }
+
+    /// What it is counted as; `None` for what is no failure.
+    fn reason(&self) -> Option<&'static str> {
+        Some(match self {
+            Self::Source { source, .. } => match source {
+                SourceError::NotFound { .. } => "not_found",
+                SourceError::Denied { .. } => "denied",
+                SourceError::Changed { .. } => "changed",
+                SourceError::Unavailable { .. } => "unavailable",
+                SourceError::NoRanges { .. } | SourceError::Invalid { .. } => "invalid",
+            },
+            Self::Store { source, .. } if source.is_no_space() => "no_space",
+            Self::Store { .. } => "store",
+            Self::Mismatch { .. } => "wrong_bytes",
+            Self::Broken { .. } => "invalid",
+            Self::Defect { .. } => "defect",
+            Self::Stopped { .. } | Self::Unwanted { .. } => return None,
+        })
     }
 
     /// Whether the same request may succeed later, with nothing done about it.
@@ -446,8 +467,11 @@ impl Fetcher {
                 "failed"
             }
         };
-        let metrics = &self.shared.metrics;
-        metrics.fetch_ended(job.request.model.scheme(), ended, job.meter.elapsed());
+        let (metrics, scheme) = (&self.shared.metrics, job.request.model.scheme());
+        metrics.fetch_ended(scheme, ended, job.meter.elapsed());
+        if let Some(reason) = outcome.as_ref().err().and_then(FetchError::reason) {
+            metrics.fetch_failed(scheme, reason);
+        }
         ending.outcome = outcome;
     }
 

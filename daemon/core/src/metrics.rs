@@ -40,13 +40,19 @@ describe! {
     "weightd_fetch_bytes_total" "counter" "source: hf, s3, file" "Bytes received from origins";
     "weightd_reused_bytes_total" "counter" "source: hf, s3, file" "Bytes that a fetch found in the store";
     "weightd_fetch_seconds" "histogram" "source: hf, s3, file; outcome: ok, failed, stopped" "Time from request to published snapshot";
+    "weightd_fetch_failures_total" "counter" "source: hf, s3, file; reason: not_found, denied, changed, unavailable, invalid, wrong_bytes, no_space, store, defect" "Fetches that failed; what may pass is tried again and counted again";
     "weightd_fetches_active" "gauge" "" "Fetches under way";
     "weightd_fetch_connections" "gauge" "" "Ranged reads under way";
     "weightd_fetch_retries_total" "counter" "source: hf, s3, file; reason: unavailable, cut, stalled, slow" "Ranged reads that were begun again";
     "weightd_digest_mismatches_total" "counter" "source: hf, s3, file" "Files whose bytes were not what the origin claims";
     "weightd_acquires_total" "counter" "outcome: ok, denied, failed" "Volumes that pods asked for";
+    "weightd_acquires_active" "gauge" "" "Volumes that kubelet waits for";
+    "weightd_volumes_total" "counter" "found: here, waited" "Volumes that pods were given: at once, or after somebody waited for a fetch";
+    "weightd_volume_bytes_total" "counter" "found: here, waited" "Bytes of the models in them, as far as they were complete; less what was fetched, that is what pods did not download";
     "weightd_store_bytes" "gauge" "tier: local; held: pinned, unpinned, partial" "Bytes in the store";
     "weightd_store_free_bytes" "gauge" "tier: local" "Bytes free on the store's file system";
+    "weightd_store_capacity_bytes" "gauge" "tier: local" "Bytes of the store's file system that weightd's user may have";
+    "weightd_store_high_watermark_bytes" "gauge" "tier: local" "Snapshots are evicted when more than this is used of the file system, by whomever";
     "weightd_store_snapshots" "gauge" "tier: local" "Published snapshots";
     "weightd_evicted_bytes_total" "counter" "tier: local" "Bytes evicted to make room";
     "weightd_evicted_snapshots_total" "counter" "tier: local" "Snapshots evicted to make room";
@@ -59,6 +65,9 @@ describe! {
     "weightd_shared_copied_bytes_total" "counter" "" "Bytes copied from the shared tier";
     "weightd_shared_written_bytes_total" "counter" "" "Bytes written to the shared tier";
     "weightd_shared_failures_total" "counter" "reason: away, unwritable, damaged, write" "Times that the shared tier was left out, could not be written, held damaged bytes, did not take a segment";
+    "weightd_leader" "gauge" "" "Of `weightd controller`: 1 while it is the one that does what only one may do";
+    "weightd_admission_total" "counter" "outcome: injected, unchanged, warned, invalid" "Of `weightd controller`: pods that the webhook was asked about; warned are those whose author is told of a mistake";
+    "weightd_pending_fills_total" "counter" "outcome: filled, there, denied, failed, stopped" "Of `weightd controller`: models that pods without a node wait for";
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -89,6 +98,11 @@ struct OfReason {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfFound {
+    found: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct OfTier {
     tier: &'static str,
 }
@@ -98,6 +112,19 @@ struct HeldInTier {
     tier: &'static str,
     held: &'static str,
 }
+
+/// Why fetches fail.
+const FAILURES: [&str; 9] = [
+    "not_found",
+    "denied",
+    "changed",
+    "unavailable",
+    "invalid",
+    "wrong_bytes",
+    "no_space",
+    "store",
+    "defect",
+];
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct OfPhase {
@@ -123,13 +150,19 @@ pub struct Metrics {
     fetch_bytes: Family<FromSource, Counter>,
     reused_bytes: Family<FromSource, Counter>,
     fetch_seconds: Family<Ended, Histogram>,
+    failures: Family<Retried, Counter>,
     pub(crate) fetches_active: Gauge,
     pub(crate) connections: Gauge,
     retries: Family<Retried, Counter>,
     mismatches: Family<FromSource, Counter>,
     acquires: Family<OfOutcome, Counter>,
+    acquires_active: Gauge,
+    volumes: Family<OfFound, Counter>,
+    volume_bytes: Family<OfFound, Counter>,
     store_bytes: Family<HeldInTier, Gauge>,
     store_free: Family<OfTier, Gauge>,
+    store_capacity: Family<OfTier, Gauge>,
+    store_high: Family<OfTier, Gauge>,
     store_snapshots: Family<OfTier, Gauge>,
     evicted_bytes: Family<OfTier, Counter>,
     evicted_snapshots: Family<OfTier, Counter>,
@@ -142,6 +175,19 @@ pub struct Metrics {
     shared_copied: Counter,
     shared_written: Counter,
     shared_failures: Family<OfReason, Counter>,
+    leader: Gauge,
+    admissions: Family<OfOutcome, Counter>,
+    pending_fills: Family<OfOutcome, Counter>,
+}
+
+/// A volume that kubelet waits for: counted until it is dropped.
+#[derive(Debug)]
+pub struct Acquiring(Gauge);
+
+impl Drop for Acquiring {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
 }
 
 /// From a cached model, which takes milliseconds, to a cold one over a slow link: 10 ms to 2.9 h.
@@ -156,13 +202,19 @@ impl Default for Metrics {
             fetch_bytes: Family::default(),
             reused_bytes: Family::default(),
             fetch_seconds: Family::new_with_constructor(seconds_buckets),
+            failures: Family::default(),
             fetches_active: Gauge::default(),
             connections: Gauge::default(),
             retries: Family::default(),
             mismatches: Family::default(),
             acquires: Family::default(),
+            acquires_active: Gauge::default(),
+            volumes: Family::default(),
+            volume_bytes: Family::default(),
             store_bytes: Family::default(),
             store_free: Family::default(),
+            store_capacity: Family::default(),
+            store_high: Family::default(),
             store_snapshots: Family::default(),
             evicted_bytes: Family::default(),
             evicted_snapshots: Family::default(),
@@ -175,6 +227,9 @@ impl Default for Metrics {
             shared_copied: Counter::default(),
             shared_written: Counter::default(),
             shared_failures: Family::default(),
+            leader: Gauge::default(),
+            admissions: Family::default(),
+            pending_fills: Family::default(),
         };
         metrics.register();
         metrics.start_at_zero();
@@ -203,13 +258,19 @@ impl Metrics {
             "weightd_fetch_bytes_total" fetch_bytes;
             "weightd_reused_bytes_total" reused_bytes;
             "weightd_fetch_seconds" fetch_seconds;
+            "weightd_fetch_failures_total" failures;
             "weightd_fetches_active" fetches_active;
             "weightd_fetch_connections" connections;
             "weightd_fetch_retries_total" retries;
             "weightd_digest_mismatches_total" mismatches;
             "weightd_acquires_total" acquires;
+            "weightd_acquires_active" acquires_active;
+            "weightd_volumes_total" volumes;
+            "weightd_volume_bytes_total" volume_bytes;
             "weightd_store_bytes" store_bytes;
             "weightd_store_free_bytes" store_free;
+            "weightd_store_capacity_bytes" store_capacity;
+            "weightd_store_high_watermark_bytes" store_high;
             "weightd_store_snapshots" store_snapshots;
             "weightd_evicted_bytes_total" evicted_bytes;
             "weightd_evicted_snapshots_total" evicted_snapshots;
@@ -222,6 +283,9 @@ impl Metrics {
             "weightd_shared_copied_bytes_total" shared_copied;
             "weightd_shared_written_bytes_total" shared_written;
             "weightd_shared_failures_total" shared_failures;
+            "weightd_leader" leader;
+            "weightd_admission_total" admissions;
+            "weightd_pending_fills_total" pending_fills;
         }
     }
 
@@ -239,6 +303,12 @@ impl Metrics {
                     reason,
                 });
             }
+            for reason in FAILURES {
+                let _ = self.failures.get_or_create(&Retried {
+                    source: source.as_str(),
+                    reason,
+                });
+            }
             for outcome in ["ok", "failed", "stopped"] {
                 let _ = self.fetch_seconds.get_or_create(&Ended {
                     source: source.as_str(),
@@ -248,6 +318,10 @@ impl Metrics {
         }
         for outcome in ["ok", "denied", "failed"] {
             let _ = self.acquires.get_or_create(&OfOutcome { outcome });
+        }
+        for found in ["here", "waited"] {
+            let _ = self.volumes.get_or_create(&OfFound { found });
+            let _ = self.volume_bytes.get_or_create(&OfFound { found });
         }
         for call in [
             "watch_node",
@@ -268,6 +342,12 @@ impl Metrics {
         }
         for reason in ["away", "unwritable", "damaged", "write"] {
             let _ = self.shared_failures.get_or_create(&OfReason { reason });
+        }
+        for outcome in ["injected", "unchanged", "warned", "invalid"] {
+            let _ = self.admissions.get_or_create(&OfOutcome { outcome });
+        }
+        for outcome in ["filled", "there", "denied", "failed", "stopped"] {
+            let _ = self.pending_fills.get_or_create(&OfOutcome { outcome });
         }
         self.evicted(0, 0);
         self.verified(0, 0);
@@ -294,9 +374,42 @@ impl Metrics {
         });
     }
 
+    /// Shows whether this controller leads.
+    pub fn leads(&self, leads: bool) {
+        self.leader.set(leads.into());
+    }
+
+    /// Counts a pod that the webhook was asked about: `injected`, `unchanged`, `warned` or `invalid`.
+    pub fn admitted(&self, outcome: &'static str) {
+        self.admissions.get_or_create(&OfOutcome { outcome }).inc();
+    }
+
+    /// Counts a model that pods without a node wait for: `filled`, `there`, `denied`, `failed` or `stopped`.
+    pub fn pending_fill(&self, outcome: &'static str) {
+        let outcome = OfOutcome { outcome };
+        self.pending_fills.get_or_create(&outcome).inc();
+    }
+
     /// Counts a volume that a pod asked for: `ok`, `denied` or `failed`.
     pub fn acquired(&self, outcome: &'static str) {
         self.acquires.get_or_create(&OfOutcome { outcome }).inc();
+    }
+
+    /// Counts a volume that kubelet waits for, as long as what is returned lives.
+    #[must_use]
+    pub fn acquiring(&self) -> Acquiring {
+        self.acquires_active.inc();
+        Acquiring(self.acquires_active.clone())
+    }
+
+    /// Counts a volume that a pod was given, and its bytes if it is complete.
+    pub fn volume(&self, waited: bool, bytes: Option<u64>) {
+        let found = OfFound {
+            found: if waited { "waited" } else { "here" },
+        };
+        self.volumes.get_or_create(&found).inc();
+        let bytes = bytes.unwrap_or_default();
+        self.volume_bytes.get_or_create(&found).inc_by(bytes);
     }
 
     /// Shows how many models of the warm set are in one phase.
@@ -352,6 +465,14 @@ impl Metrics {
             .observe(took.as_secs_f64());
     }
 
+    pub(crate) fn fetch_failed(&self, source: Scheme, reason: &'static str) {
+        debug_assert!(FAILURES.contains(&reason), "{reason} is not described");
+        let source = source.as_str();
+        self.failures
+            .get_or_create(&Retried { source, reason })
+            .inc();
+    }
+
     pub(crate) fn retried(&self, source: Scheme, reason: &'static str) {
         self.retries
             .get_or_create(&Retried {
@@ -398,6 +519,12 @@ impl Metrics {
         self.store_free
             .get_or_create(&LOCAL)
             .set(number(usage.free));
+        self.store_capacity
+            .get_or_create(&LOCAL)
+            .set(number(usage.capacity));
+        self.store_high
+            .get_or_create(&LOCAL)
+            .set(number(usage.high));
         self.store_snapshots
             .get_or_create(&LOCAL)
             .set(number(usage.snapshots));

@@ -50,6 +50,12 @@ pub trait Source: Send + Sync {
         file: &'a RemoteFile,
         range: Range<u64>,
     ) -> BoxFuture<'a, Result<ByteStream, SourceError>>;
+
+    /// For how long the origin's rate limit keeps this requester from asking for anything more; `None` if it
+    /// does not.
+    fn limited_for(&self) -> Option<Duration> {
+        None
+    }
 }
 
 /// Opens the [`Source`] that a model's scheme names.

@@ -5,8 +5,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use weightd::config::Config;
+use weightd::controller::{self, Replica};
 use weightd::{process, serve, telemetry};
 use weightd_core::errors::Chain;
 
@@ -14,6 +15,7 @@ use weightd_core::errors::Chain;
 #[derive(Debug, Parser)]
 #[command(
     version,
+    args_conflicts_with_subcommands = true,
     after_help = "\
 Examples:
   weightd --config /etc/weightd/weightd.toml
@@ -44,18 +46,99 @@ struct Args {
     /// Check the settings and exit
     #[arg(long)]
     check_config: bool,
+    #[command(subcommand)]
+    role: Option<Role>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Role {
+    /// Run what a cluster needs once: the admission webhook, and what one leader does for all nodes
+    #[command(after_help = "\
+Examples:
+  weightd controller --config /etc/weightd/weightd.toml
+  weightd controller --config weightd.toml --namespace weightd --pod-name a-developers-machine
+  weightd controller --config weightd.toml --check-config
+
+It reads the daemons' configuration, its own section is [controller]. Run two or more: all answer the webhook, one
+leads. Exit codes: 0 stopped, 1 failed, 2 wrong usage or configuration.")]
+    Controller(ControllerArgs),
+}
+
+#[derive(Debug, clap::Args)]
+struct ControllerArgs {
+    /// Read settings from FILE
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Namespace of the Lease and of the certificate's Secret
+    #[arg(
+        long,
+        value_name = "NAME",
+        env = "POD_NAMESPACE",
+        default_value = "weightd"
+    )]
+    namespace: String,
+    /// Name of this replica
+    #[arg(
+        long,
+        value_name = "NAME",
+        env = "POD_NAME",
+        default_value = "weightd-controller"
+    )]
+    pod_name: String,
+    /// Check the settings and exit
+    #[arg(long)]
+    check_config: bool,
 }
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let config = match settings(&args) {
+    match &args.role {
+        None => program(settings(&args), args.check_config, |config| async {
+            let outcome = serve::run(config).await;
+            outcome.map_err(|error| Failure::new(&error, error.hint()))
+        }),
+        Some(Role::Controller(args)) => {
+            let replica = Replica {
+                namespace: args.namespace.clone(),
+                pod: args.pod_name.clone(),
+            };
+            let config = Config::read(&args.config);
+            let config = config.and_then(|config| config.check().map(|()| config));
+            let config = config.map_err(|error| Chain(&error).to_string());
+            program(config, args.check_config, |config| async {
+                let outcome = controller::run(config, replica).await;
+                outcome.map_err(|error| Failure::new(&error, error.hint()))
+            })
+        }
+    }
+}
+
+/// What is said at the end.
+struct Failure {
+    text: String,
+    hint: Option<String>,
+}
+
+impl Failure {
+    fn new(error: &(dyn std::error::Error + 'static), hint: Option<String>) -> Self {
+        let text = Chain(error).to_string();
+        Self { text, hint }
+    }
+}
+
+fn program<F: Future<Output = Result<(), Failure>>>(
+    config: Result<Config, String>,
+    only_check: bool,
+    run: impl FnOnce(Config) -> F,
+) -> ExitCode {
+    let config = match config {
         Ok(config) => config,
         Err(text) => {
             say(&format!("error: {text}"));
             return ExitCode::from(2);
         }
     };
-    if args.check_config {
+    if only_check {
         return ExitCode::SUCCESS;
     }
     telemetry::start(config.log.format, &config.log.level);
@@ -67,16 +150,15 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let outcome = runtime.block_on(serve::run(config));
+    let outcome = runtime.block_on(run(config));
     runtime.shutdown_background();
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            let hint = error
-                .hint()
+        Err(Failure { text, hint }) => {
+            let hint = hint
                 .map(|hint| format!("\nhint: {hint}"))
                 .unwrap_or_default();
-            say(&format!("error: {}{hint}", Chain(&error)));
+            say(&format!("error: {text}{hint}"));
             ExitCode::FAILURE
         }
     }

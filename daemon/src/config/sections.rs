@@ -87,6 +87,16 @@ section!(KubernetesSection {
     warm_set: bool = true,
 });
 
+section!(ControllerSection {
+    webhook: Option<SocketAddr> = None,
+    service: String = "weightd-webhook".to_owned(),
+    certificate_dir: Option<PathBuf> = None,
+    certificate_names: Vec<String> = Vec::new(),
+    pending: bool = true,
+    fills: usize = 2,
+    own_credentials: bool = false,
+});
+
 /// How often a byte may leave its origin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]

@@ -64,4 +64,11 @@ settings! {
     "kubernetes.warming_timeout" = "\"10min\"": "Remove the taint weightd.io/warming after so long, also when the warm set is not complete";
     "kubernetes.labels" = "16": "Models, most recently used first, that the Node says it has in labels below model.weightd.io/, for preferred placement; 0: none";
     "kubernetes.warm_set" = "true": "Keep what the Node's annotation weightd.io/prefetch and the ModelPrefetch objects name";
+    "controller.webhook" = "": "Address at which `weightd controller` serves the admission webhook, such as \"0.0.0.0:8443\"; unset: none";
+    "controller.service" = "\"weightd-webhook\"": "Name of the Service before the webhook, which its certificate is for";
+    "controller.certificate_dir" = "": "Directory with tls.crt and tls.key for the webhook, read again when they change; unset: the controller makes its own certificate";
+    "controller.certificate_names" = "[]": "More host names or addresses that its own certificate is for";
+    "controller.pending" = "true": "Fill the shared tier for pods that wait for a node; needs shared.root";
+    "controller.fills" = "2": "Models that are filled at once, between 1 and 16; each has its share of fetch.connections and fetch.memory";
+    "controller.own_credentials" = "false": "Fill also models that pods read with a Secret, with the controller's own credentials, if access.allow names model and namespace";
 }

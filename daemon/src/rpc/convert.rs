@@ -1,11 +1,12 @@
 //! The domain's values as messages.
 
 use std::path::Path;
+use std::time::SystemTime;
 
 use secrecy::SecretString;
 use secrecy::zeroize::Zeroizing;
 use tonic::Status;
-use weightd_core::fetch::{Fetched, Phase, Plan, Progress};
+use weightd_core::fetch::{Fetched, Phase, Plan, Progress, Wait};
 use weightd_core::model::{ModelRef, Patterns};
 use weightd_core::shared::SharedTier;
 use weightd_core::source::LeftOut;
@@ -16,7 +17,7 @@ use weightd_proto::weightd::v1 as wire;
 
 use crate::access::{Credentials, Requester};
 use crate::sources::s3::S3Keys;
-use crate::volumes::{Acquired, VolumeRequest};
+use crate::volumes::{Acquired, Told, VolumeRequest};
 
 pub(super) fn snapshot(snapshot: &Snapshot, with_files: bool) -> wire::Snapshot {
     let manifest = &snapshot.manifest;
@@ -66,6 +67,28 @@ pub(super) fn progress(progress: &Progress) -> wire::Progress {
         eta_seconds: progress.eta.map(|eta| eta.as_secs_f64()),
         elapsed_seconds: progress.elapsed.as_secs_f64(),
         bytes_shared: progress.bytes_shared,
+        wait: progress.wait.as_ref().map(wait),
+        bytes_per_second_shared: progress.bytes_per_second_shared,
+    }
+}
+
+fn wait(wait: &Wait) -> wire::Wait {
+    let kind = match wait {
+        Wait::RateLimit { .. } => wire::wait::Kind::RateLimit,
+        Wait::Origin { .. } => wire::wait::Kind::Origin,
+        Wait::Silence => wire::wait::Kind::Silence,
+        Wait::Neighbour => wire::wait::Kind::Neighbour,
+        Wait::Others => wire::wait::Kind::Others,
+        Wait::Turn => wire::wait::Kind::Turn,
+    };
+    let seconds = |until: SystemTime| {
+        let since = until.duration_since(SystemTime::UNIX_EPOCH).ok()?;
+        i64::try_from(since.as_secs()).ok()
+    };
+    wire::Wait {
+        kind: kind.into(),
+        detail: wait.to_string(),
+        until: wait.until().and_then(seconds),
     }
 }
 
@@ -299,10 +322,12 @@ pub(super) fn acquired(acquired: &Acquired) -> wire::Acquired {
     }
 }
 
-pub(super) fn volume(volume: &Volume) -> wire::Volume {
+pub(super) fn volume(volume: &Volume, told: Option<&Told>) -> wire::Volume {
     wire::Volume {
         holder: volume.holder.to_string(),
         snapshots: volume.snapshots.iter().map(ToString::to_string).collect(),
         complete: volume.complete,
+        progress: told.and_then(|told| told.progress.as_ref()).map(progress),
+        error: told.map(|told| told.error.clone()).unwrap_or_default(),
     }
 }

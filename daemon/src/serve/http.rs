@@ -36,7 +36,7 @@ const HEADER: Duration = Duration::from_secs(5);
 const EXCHANGE: Duration = Duration::from_secs(30);
 
 /// Serves until it is dropped.
-pub(super) async fn serve(listener: TcpListener, routes: Router) {
+pub(crate) async fn serve(listener: TcpListener, routes: Router) {
     let mut connections = JoinSet::new();
     loop {
         while connections.len() >= CONNECTIONS {

@@ -142,7 +142,7 @@ pub(super) fn incoming(
 
 /// Tells why nobody was accepted, most likely for want of file descriptors, and waits a little: the error
 /// stays as long as its cause, and the service would ask again at once.
-pub(super) async fn after_error(error: &io::Error) {
+pub(crate) async fn after_error(error: &io::Error) {
     tracing::error!(%error, "connection not accepted");
     tokio::time::sleep(Duration::from_millis(100)).await;
 }

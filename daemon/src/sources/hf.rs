@@ -28,6 +28,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use futures::future::{BoxFuture, FutureExt};
 use weightd_core::model::{ModelRef, Patterns, Revision};
@@ -158,6 +159,10 @@ impl Source for HfSource {
             content::read(&self.hub, &self.files, revision, file, range).await
         }
         .boxed()
+    }
+
+    fn limited_for(&self) -> Option<Duration> {
+        self.hub.limited_for()
     }
 }
 

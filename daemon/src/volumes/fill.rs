@@ -32,6 +32,15 @@ pub(super) struct Filler {
     stop: CancellationToken,
 }
 
+/// How far a volume is.
+#[derive(Debug, Clone, Default)]
+pub struct Told {
+    /// The fetch that fills it.
+    pub progress: Option<Progress>,
+    /// Why it is not filled now; empty if it is.
+    pub error: String,
+}
+
 /// One volume that is to be filled, and with whose right.
 struct Task {
     holder: Holder,
@@ -104,6 +113,7 @@ impl Volumes {
                 Err(error) => error,
             };
             tracing::warn!(%holder, %model, error = %Chain(&error), pause_s = pause.as_secs(), "volume not complete, trying again later");
+            self.tell(holder, |told| told.error = task.why(&error));
             let (told, id, why) = (holder.clone(), task.record.snapshot(), task.why(&error));
             let explained =
                 self.on_store(model, move |store| store.explain_volume(&told, &id, &why));
@@ -119,6 +129,10 @@ impl Volumes {
         let (record, id) = (&task.record, task.record.snapshot());
         let mut shown = 0;
         let mut show = |now: &Progress, tree: Option<PathBuf>| {
+            self.tell(&task.holder, |told| {
+                told.progress = Some(now.clone());
+                told.error.clear();
+            });
             if let Some(tree) = tree
                 && now.files_done > shown
             {
@@ -164,6 +178,27 @@ impl Volumes {
             }
         }
         Ok(())
+    }
+
+    /// How far the volumes are that this process fills or has filled.
+    #[must_use]
+    pub fn told(&self) -> HashMap<Holder, Told> {
+        let told = self.told.lock();
+        told.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Only for a volume that is being filled: else what was released would be noted for ever.
+    fn tell(&self, holder: &Holder, change: impl FnOnce(&mut Told)) {
+        let filling = self.filling();
+        if filling.contains_key(holder) {
+            let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+            change(told.entry(holder.clone()).or_default());
+        }
+    }
+
+    pub(super) fn forget(&self, holder: &Holder) {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        told.remove(holder);
     }
 
     fn filling(&self) -> MutexGuard<'_, HashMap<Holder, Filler>> {

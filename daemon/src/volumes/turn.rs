@@ -134,6 +134,7 @@ impl Volumes {
     ///
     /// [`StoreError::Io`].
     pub async fn release(self: &Arc<Self>, holder: Holder) -> Result<u32, StoreError> {
+        self.waiting().remove(&holder);
         let volumes = Arc::clone(self);
         let released = self.tasks.spawn(async move {
             let mut turn = volumes.turns(&holder).lock_owned().await;
@@ -148,6 +149,7 @@ impl Volumes {
 
     async fn let_go(&self, holder: &Holder, turn: OwnedMutexGuard<u64>) -> Result<u32, StoreError> {
         self.stop_filling(holder);
+        self.forget(holder);
         let (store, holder) = (Arc::clone(&self.store), holder.clone());
         blocking::run(move || {
             let _turn = turn;

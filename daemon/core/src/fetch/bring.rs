@@ -53,6 +53,7 @@ impl Fetcher {
                 opened.map_err(|error| job.source_error(error))?
             }
         };
+        job.meter.waits().source(&source);
         let revision = self.patiently(job, || source.resolve()).await?;
         let id = SnapshotId::new(model, &revision, patterns);
         job.meter.set(|progress| {
@@ -169,6 +170,7 @@ impl Fetcher {
                 return Err(job.source_error(error));
             };
             tracing::debug!(model = %job.request.model, failures, %error, "origin unavailable, asking again");
+            job.meter.waits().paused(&error, pause);
             tokio::time::sleep(pause).await;
         }
     }
@@ -621,6 +623,7 @@ impl OneFile<'_> {
 
     /// Waits while somebody else works on the same bytes.
     async fn follow(&self, watch: Watch, meter: &FileMeter<'_>) -> Result<(), FetchError> {
+        let _waits = self.job.meter.waits().others();
         let watch = Arc::new(watch);
         loop {
             tokio::time::sleep(LOOK).await;

@@ -257,6 +257,7 @@ impl Ranged {
         shared.metrics.retried(self.origin.scheme, reason);
         let path = &self.file.path;
         tracing::debug!(%path, offset = self.at, reason, failures, %error, "range broke off, reading on");
+        meter.waits().paused(&error, pause);
         tokio::time::sleep(pause).await;
         Ok(())
     }
@@ -304,6 +305,8 @@ impl Ranged {
         let limits = self.origin.shared.limits;
         let start = if self.from_start { 0 } else { self.at };
         let mut skip = self.at - start;
+        let meter = Arc::clone(&self.origin.meter);
+        let _reading = meter.waits().reading();
         let mut stream = match self
             .origin
             .source

@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::wait::{Wait, Waits};
 use crate::model::{ModelRef, SnapshotId};
 
 /// How often a user's picture of a fetch is renewed.
@@ -51,14 +52,17 @@ pub struct Progress {
     pub bytes_shared: u64,
     /// Rate at which bytes get here, of the last few seconds.
     pub bytes_per_second: f64,
+    /// The part of that rate that comes from the shared tier.
+    pub bytes_per_second_shared: f64,
     /// Time that the rest takes at that rate.
     pub eta: Option<Duration>,
     /// Time since the fetch began.
     pub elapsed: Duration,
+    /// What it waits for, if no bytes get here.
+    pub wait: Option<Wait>,
 }
 
 /// The counters of one fetch.
-#[derive(Debug)]
 pub(super) struct Meter {
     begun: Instant,
     shown: watch::Sender<Progress>,
@@ -68,9 +72,54 @@ pub(super) struct Meter {
     bytes_found: AtomicU64,
     bytes_fetched: AtomicU64,
     bytes_shared: AtomicU64,
-    rate: Mutex<(Instant, u64, f64)>,
+    rates: Mutex<Rates>,
+    waits: Waits,
     /// Of another fetch of the same snapshot: while this one waits for it, its progress is shown.
     followed: Mutex<Option<Arc<Meter>>>,
+}
+
+/// How fast bytes get here, and since when none do.
+struct Rates {
+    at: Instant,
+    moved: Moved,
+    all: f64,
+    shared: f64,
+    /// When the last bytes came.
+    last: Instant,
+}
+
+/// Bytes that a fetch has moved.
+#[derive(Clone, Copy, PartialEq)]
+struct Moved {
+    /// On disk, of all that were missing.
+    here: u64,
+    fetched: u64,
+    shared: u64,
+}
+
+impl Rates {
+    /// Averages that forget: about the last [`RATE_SECONDS`].
+    fn update(&mut self, moved: Moved) {
+        let seconds = self.at.elapsed().as_secs_f64();
+        if seconds < 0.05 {
+            return;
+        }
+        let before = std::mem::replace(&mut self.moved, moved);
+        self.at = Instant::now();
+        if moved != before {
+            self.last = self.at;
+        }
+        let average = |rate: f64, now: u64, before: u64| {
+            let now = now.saturating_sub(before) as f64 / seconds;
+            let weight = match rate == 0.0 {
+                true => 1.0,
+                false => (seconds / RATE_SECONDS).min(1.0),
+            };
+            rate + (now - rate) * weight
+        };
+        self.all = average(self.all, moved.here, before.here);
+        self.shared = average(self.shared, moved.shared, before.shared);
+    }
 }
 
 impl Meter {
@@ -87,8 +136,10 @@ impl Meter {
             bytes_fetched: 0,
             bytes_shared: 0,
             bytes_per_second: 0.0,
+            bytes_per_second_shared: 0.0,
             eta: None,
             elapsed: Duration::ZERO,
+            wait: None,
         });
         Self {
             begun,
@@ -98,7 +149,18 @@ impl Meter {
             bytes_found: AtomicU64::new(0),
             bytes_fetched: AtomicU64::new(0),
             bytes_shared: AtomicU64::new(0),
-            rate: Mutex::new((begun, 0, 0.0)),
+            rates: Mutex::new(Rates {
+                at: begun,
+                moved: Moved {
+                    here: 0,
+                    fetched: 0,
+                    shared: 0,
+                },
+                all: 0.0,
+                shared: 0.0,
+                last: begun,
+            }),
+            waits: Waits::default(),
             followed: Mutex::default(),
         }
     }
@@ -113,6 +175,10 @@ impl Meter {
 
     pub(super) fn elapsed(&self) -> Duration {
         self.begun.elapsed()
+    }
+
+    pub(super) fn waits(&self) -> &Waits {
+        &self.waits
     }
 
     pub(super) fn set(&self, change: impl FnOnce(&mut Progress)) {
@@ -187,15 +253,31 @@ impl Meter {
             return;
         }
         let done = self.bytes_done.load(Ordering::Relaxed);
-        let rate = self.rate(done.saturating_sub(self.bytes_found()));
+        let moved = Moved {
+            here: done.saturating_sub(self.bytes_found()),
+            fetched: self.bytes_fetched(),
+            shared: self.bytes_shared(),
+        };
+        let (rate, shared, idle) = {
+            let mut rates = self.rates.lock().expect("no holder of this lock panics");
+            rates.update(moved);
+            (rates.all, rates.shared, rates.last.elapsed())
+        };
         self.shown.send_modify(|progress| {
             progress.files_done = self.files_done.load(Ordering::Relaxed);
             progress.bytes_done = done;
             progress.bytes_fetched = self.bytes_fetched();
             progress.bytes_shared = self.bytes_shared();
             progress.bytes_per_second = rate;
+            progress.bytes_per_second_shared = shared.min(rate);
             progress.elapsed = self.begun.elapsed();
-            let left = progress.bytes.saturating_sub(done) as f64;
+            let left = progress.bytes.saturating_sub(done);
+            let complete = progress.bytes > 0 && left == 0;
+            progress.wait = match complete {
+                true => None,
+                false => self.waits.now(progress.phase, idle),
+            };
+            let left = left as f64;
             let known = progress.phase == Phase::Fetching && rate > 1.0;
             progress.eta =
                 known.then(|| Duration::try_from_secs_f64(left / rate).unwrap_or(Duration::MAX));
@@ -214,29 +296,9 @@ impl Meter {
             };
         });
     }
-
-    /// An average that forgets: about the last [`RATE_SECONDS`].
-    fn rate(&self, moved: u64) -> f64 {
-        let mut state = self.rate.lock().expect("no holder of this lock panics");
-        let (at, before, rate) = *state;
-        let seconds = at.elapsed().as_secs_f64();
-        if seconds < 0.05 {
-            return rate;
-        }
-        let now = moved.saturating_sub(before) as f64 / seconds;
-        let weight = if rate == 0.0 {
-            1.0
-        } else {
-            (seconds / RATE_SECONDS).min(1.0)
-        };
-        let average = rate + (now - rate) * weight;
-        *state = (Instant::now(), moved, average);
-        average
-    }
 }
 
 /// What one file adds to the bytes that are here; it may go down again when bytes prove wrong.
-#[derive(Debug)]
 pub(super) struct FileMeter<'a> {
     meter: &'a Meter,
     counted: AtomicU64,

@@ -224,6 +224,7 @@ impl<'a> Bringing<'a> {
     async fn run(mut self) -> Result<(), PartsError> {
         let shared = Arc::clone(&self.origin.shared);
         let tier = Arc::clone(self.tier);
+        let meter = Arc::clone(&self.origin.meter);
         let connection = || Connection::new(&shared);
         // Kept across turns of the loop, so that this file keeps its place among those that wait.
         let mut next = std::pin::pin!(connection());
@@ -238,6 +239,8 @@ impl<'a> Bringing<'a> {
             }
             let fetch = matches!(chosen, Move::Fetch(_) | Move::Race(_));
             let wake = self.wake();
+            let waits = matches!(chosen, Move::Wait) && self.tasks.is_empty();
+            let _waits = waits.then(|| meter.waits().neighbour());
             tokio::select! {
                 connected = &mut next, if fetch && self.fetching < shared.limits.connections => {
                     next.set(connection());

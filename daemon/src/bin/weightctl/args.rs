@@ -24,6 +24,21 @@ Environment:
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 the daemon cannot be reached.";
 
+const BOOTSTRAP: &str = "\
+Examples:
+  weightctl --root /mnt/k8s-disks/0/weightd bootstrap --wait-for /mnt/k8s-disks/0 --file /etc/weightd/prefetch
+  weightctl --root /var/lib/weightd bootstrap --from user-data,tags
+  weightctl --root /var/lib/weightd bootstrap --file models --stage --strict
+
+A list is text, models between white space or commas and comments after #; or TOML, tables [[prefetch]] with
+model, include, exclude and pin as in the daemon's configuration.
+
+In EC2 user data it is a MIME part of the type text/x-weightd-prefetch, or stands in any script between the lines
+`# BEGIN weightd prefetch` and `# END weightd prefetch`. Tags are weightd.prefetch and weightd.prefetch.<anything>;
+the instance must show its tags in its metadata. Only version 2 of the metadata service is used.
+
+JSON: one object a line for each model, with state ready, failed or staged.";
+
 /// Brings model weights onto this machine: verified, deduplicated, ready to load.
 #[derive(Debug, Parser)]
 #[command(name = "weightctl", version, after_help = EXAMPLES, arg_required_else_help = true)]
@@ -291,6 +306,13 @@ Examples:
 Without this program in the container, a shell does the same:
   until [ -e /models/.weightd/complete ]; do sleep 1; done; exec vllm serve /models")]
     Wait(super::wait::WaitArgs),
+    /// Bring a node's models while it boots, before the daemon is there; never fails the boot
+    ///
+    /// For a systemd unit. It finds a list of models, waits for the disk, and fetches into the store that the
+    /// daemon will use: that one joins the work under way, and goes on with what is missing. Whatever goes wrong
+    /// is said on stderr, the exit code is 0. Progress is a line every 10 s.
+    #[command(after_help = BOOTSTRAP)]
+    Bootstrap(super::bootstrap::BootstrapArgs),
     /// Check this node's set-up, and say how to mend it; exit code 1 if something is an error
     ///
     /// Looks at the store, the daemon, the CSI plugin, the Hub, S3, the shared tier and the machine. It works as

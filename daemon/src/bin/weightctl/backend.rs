@@ -280,13 +280,22 @@ impl Backend {
 
 /// The daemon's configuration as far as the command line has it.
 fn config(root: &Path, global: &Global) -> anyhow::Result<Config> {
+    settings(Config::default(), root, global)
+}
+
+/// A configuration with what the command line says: it wins.
+pub(crate) fn settings(base: Config, root: &Path, global: &Global) -> anyhow::Result<Config> {
     let mut config = Config {
         root: std::path::absolute(root).unwrap_or_else(|_| root.to_owned()),
-        ..Config::default()
+        ..base
     };
-    let shared = global.shared_root.as_deref().map(std::path::absolute);
-    config.shared.root = shared.transpose().context("cannot resolve --shared-root")?;
-    config.shared.segment = global.tier.segment;
+    if let Some(shared) = &global.shared_root {
+        let shared = std::path::absolute(shared).context("cannot resolve --shared-root")?;
+        config.shared.root = Some(shared);
+    }
+    if let Some(segment) = global.tier.segment {
+        config.shared.segment = Some(segment);
+    }
     if let Some(egress) = global.tier.egress {
         config.shared.egress = egress;
     }

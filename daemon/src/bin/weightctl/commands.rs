@@ -13,7 +13,7 @@ use crate::Told;
 use crate::args::{Cli, Command, Files, Spec};
 use crate::backend::{Backend, Broken};
 use crate::output::{self, Output, bytes, count, seconds};
-use crate::progress::{Bar, shorten};
+use crate::progress::{Bar, shorten, waiting};
 
 /// Runs the command, unless the user interrupts it.
 pub(crate) async fn run(cli: Cli) -> anyhow::Result<()> {
@@ -29,6 +29,9 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<()> {
             ref shared,
         } if crate::shared::is_meant(tier, shared, partial)? => {
             return crate::shared::gc(&cli.global, output, shared.clone()).await;
+        }
+        Command::Bootstrap(args) => {
+            return crate::bootstrap::run(output, &cli.global, &args).await;
         }
         Command::Import { dir, copy } => {
             return crate::shared::import(&cli.global, output, dir, copy).await;
@@ -79,7 +82,8 @@ async fn dispatch(client: &mut Client, output: Output, command: Command) -> anyh
         Command::Verify { model, files } => verify(client, output, model, files).await,
         #[cfg(feature = "demo")]
         Command::Demo(_) => unreachable!("it needs no backend"),
-        Command::Cluster(_)
+        Command::Bootstrap(_)
+        | Command::Cluster(_)
         | Command::Completions { .. }
         | Command::Doctor(_)
         | Command::Import { .. }
@@ -382,7 +386,8 @@ async fn status(client: &mut Client, output: Output) -> anyhow::Result<()> {
         for fetch in &status.fetches {
             let eta = fetch.eta_seconds.map(|eta| format!(", {} left", seconds(eta))).unwrap_or_default();
             let (done, all, rate) = (bytes(fetch.bytes_done), bytes(fetch.bytes), bytes(fetch.bytes_per_second as u64));
-            text.push_str(&format!("fetching {}: {done} of {all}, {rate}/s{eta}\n", shorten(&fetch.model)));
+            let wait = fetch.wait.as_ref().map(|wait| format!(", {}", waiting(wait))).unwrap_or_default();
+            text.push_str(&format!("fetching {}: {done} of {all}, {rate}/s{eta}{wait}\n", shorten(&fetch.model)));
         }
         text
     })
@@ -423,6 +428,12 @@ fn fetch_json(fetch: &wire::Progress) -> Value {
         "bytes_per_second": fetch.bytes_per_second,
         "eta_seconds": fetch.eta_seconds,
         "elapsed_seconds": fetch.elapsed_seconds,
+        "bytes_per_second_shared": fetch.bytes_per_second_shared,
+        "wait": fetch.wait.as_ref().map(|wait| json!({
+            "for": wait.kind().as_str_name().trim_start_matches("KIND_").to_lowercase(),
+            "detail": wait.detail,
+            "until": wait.until,
+        })),
     })
 }
 

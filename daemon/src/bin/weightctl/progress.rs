@@ -4,7 +4,7 @@ use std::io::IsTerminal;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use weightd_proto::weightd::v1::{Progress, VerifyProgress, progress::Phase};
+use weightd_proto::weightd::v1::{Progress, VerifyProgress, Wait, progress::Phase};
 
 use crate::output::{self, Output};
 
@@ -31,7 +31,10 @@ impl Bar {
 
     pub(crate) fn fetch(&self, progress: &Progress) {
         let doing = match progress.phase() {
-            Phase::Unspecified | Phase::Resolving => "resolving".to_owned(),
+            Phase::Unspecified | Phase::Resolving => match &progress.wait {
+                Some(wait) => waiting(wait),
+                None => "resolving".to_owned(),
+            },
             Phase::WaitingForRoom => "making room".to_owned(),
             Phase::Fetching => fetching(progress),
             Phase::Publishing => "publishing".to_owned(),
@@ -60,7 +63,26 @@ impl Bar {
     }
 }
 
+/// What a fetch waits for, and how long it will if that is known.
+pub(crate) fn waiting(wait: &Wait) -> String {
+    let now = jiff::Timestamp::now().as_second();
+    let left = wait
+        .until
+        .map(|until| u32::try_from(until - now).unwrap_or_default());
+    let left = left.filter(|left| *left > 0);
+    let left = left.map(|left| format!(", for {} more", output::seconds(left.into())));
+    format!("waiting for {}{}", wait.detail, left.unwrap_or_default())
+}
+
 fn fetching(progress: &Progress) -> String {
+    if let Some(wait) = &progress.wait {
+        return format!(
+            "{} of {}, {}",
+            output::bytes(progress.bytes_done),
+            output::bytes(progress.bytes),
+            waiting(wait)
+        );
+    }
     let rate = output::bytes(progress.bytes_per_second as u64);
     let eta = progress
         .eta_seconds

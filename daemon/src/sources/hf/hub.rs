@@ -173,6 +173,11 @@ impl Hub {
         })
     }
 
+    /// For how long the rate limit lets nothing through.
+    pub(super) fn limited_for(&self) -> Option<Duration> {
+        self.limiter.limited_for()
+    }
+
     /// Keeps all who share this token from `quota` for a while.
     pub(super) fn block(&self, quota: Quota, wait: Duration) {
         self.limiter.block(Some(quota), wait);

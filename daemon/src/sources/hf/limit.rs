@@ -91,6 +91,17 @@ impl Limiter {
         until.filter(|until| *until > Instant::now())
     }
 
+    /// For how long a fetch may ask for nothing: questions or files, whichever is longer.
+    pub(super) fn limited_for(&self) -> Option<Duration> {
+        let quotas = [Quota::Api, Quota::Resolvers];
+        let until = quotas
+            .into_iter()
+            .filter_map(|quota| self.blocked_until(quota));
+        until
+            .max()
+            .map(|until| until.saturating_duration_since(Instant::now()))
+    }
+
     /// Nobody is waiting and nothing is remembered.
     pub(super) fn idle(&self) -> bool {
         self.lock()

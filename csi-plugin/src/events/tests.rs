@@ -1,0 +1,1 @@
+//! Stories on a clock that the test moves.
