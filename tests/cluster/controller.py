@@ -14,6 +14,7 @@ LEASE = f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases/weightd-con
 WEBHOOK = "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations/weightd-injection"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPLICAS = ["a", "b"]
+PREFERRED, LABELLED = "preferredDuringSchedulingIgnoredDuringExecution", {"key": "model.weightd.io/hf.org.model"}
 WITH_WEBHOOK = ["--set", "controller.enabled=true,injection.mode=webhook"]
 WITH_POLICY = ["--set", "injection.mode=policy"]
 
@@ -21,12 +22,13 @@ WITH_POLICY = ["--set", "injection.mode=policy"]
 class Controller(Processes):
     """The replicas of the Deployment, each with an address of its own, as pods have."""
 
-    def __init__(self, cluster):
+    def __init__(self, cluster, *options, **env):
         super().__init__(cluster.directory("controller"))
         self.cluster, self.admin, self.running = cluster, cluster.plane.admin, {}
+        self.options, self.env = [*WITH_WEBHOOK, *options], env
 
     def __enter__(self):
-        things = self.cluster.install(*WITH_WEBHOOK)
+        things = self.cluster.install(*self.options)
         self.deployment = next(thing for thing in things if thing["kind"] == "Deployment")
         volumes = {volume["name"]: volume for volume in self.deployment["spec"]["template"]["spec"]["volumes"]}
         about = ("ConfigMap", volumes["config"]["configMap"]["name"])
@@ -53,7 +55,7 @@ class Controller(Processes):
         file = self.work / f"{name}.toml"
         file.write_text(toml(config))
         program = self.cluster.binaries / "weightd"
-        own = {"POD_NAMESPACE": NAMESPACE, "POD_NAME": f"weightd-controller-{name}", "HOME": str(self.work)}
+        own = {"POD_NAMESPACE": NAMESPACE, "POD_NAME": f"weightd-controller-{name}", "HOME": str(self.work)} | self.env
         self.running[name] = self.start(f"replica-{name}", program, "controller", "--config", file, env=own)
 
     def publish(self, *names):
@@ -87,8 +89,8 @@ def container(name, **more):
 
 def questions():
     """Pods with the annotation, by what is special about them."""
-    zone = {"weight": 5, "preference": {"matchExpressions": [{"key": "zone", "operator": "In", "values": ["a"]}]}}
-    affinity = {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [zone]}}
+    in_zone = {"key": "zone", "operator": "In", "values": ["a"]}
+    affinity = {"nodeAffinity": {PREFERRED: [{"weight": 5, "preference": {"matchExpressions": [in_zone]}}]}}
     model = {"weightd.io/model": "hf://org/model"}
     cache = {**model, "weightd.io/layout": "hf-cache"}
     own = {"name": "mine", "csi": {"driver": "csi.weightd.io", "readOnly": True}}
@@ -106,6 +108,27 @@ def questions():
             container("main", env=[{"name": "HF_HUB_CACHE", "value": "/elsewhere"}])]),
         "own volume": shaped("own-volume", model, volumes=[own], containers=[
             container("main", volumeMounts=[{"name": "mine", "mountPath": "/m", "readOnly": True}])]),
+        "anti-affinity": shaped("anti-affinity", model, affinity={"podAntiAffinity": {}}),
+        "no preference": shaped("no-preference", model, affinity={"nodeAffinity": {"requiredDuringScheduling"
+                                "IgnoredDuringExecution": {"nodeSelectorTerms": [{"matchExpressions": [in_zone]}]}}}),
+        "preferred already": shaped("preferred", model, affinity={"nodeAffinity": {PREFERRED: [
+            {"weight": 1, "preference": {"matchExpressions": [{**LABELLED, "operator": "Exists"}]}}]}}),
+        "block of YAML": shaped("block", {"weightd.io/model": " hf://org/model@v1\n"}),
+        "slash": shaped("slash", {**model, "weightd.io/mount-path": "/weights/"}),
+        "relative path": shaped("relative", {**model, "weightd.io/mount-path": "weights"}),
+        "path upwards": shaped("upwards", {**model, "weightd.io/mount-path": "/a/../b"}),
+        "no Secret's name": shaped("no-secret", {**model, "weightd.io/secret": "Not A Name"}),
+        "no model": shaped("no-model", {"weightd.io/model": "org/model"}),
+        "blank": shaped("blank", {"weightd.io/model": " "}),
+        "another volume of the name": shaped("taken", model, volumes=[{"name": "weightd-model", "emptyDir": {}}]),
+        "a mount in the way": shaped("in-the-way", model, volumes=[{"name": "data", "emptyDir": {}}], containers=[
+            container("main", volumeMounts=[{"name": "data", "mountPath": "/models/lora"}]), container("other")]),
+        "our volume, not mounted": shaped("not-mounted", model, volumes=[{**own, "name": "weightd-model"}]),
+        "a volume of another model": shaped("two-models", {**model, "weightd.io/volume.mine": "hf://org/other"},
+                                            volumes=[own]),
+        "own environment": shaped("own-environment", cache, containers=[
+            container("main", env=[{"name": "HF_HUB_OFFLINE", "value": "0"}, {"name": "A", "value": "b"}])]),
+        "cache in a bucket": shaped("bucket-cache", {**cache, "weightd.io/model": "s3://bucket/x"}),
         "long name": shaped("long-name", {"weightd.io/model": f"s3://bucket/{'x' * 60}"}),
     }
 
@@ -139,7 +162,7 @@ def without_controller_pods_are_created(controller):
     started = time.monotonic()
     for what, thing in questions().items():
         controller.unanswered[what] = admitted(controller.admin, thing)
-        same(f"volumes of {what}", len(controller.unanswered[what]["spec"].get("volumes", [])), what == "own volume")
+        same(f"volumes of {what}", controller.unanswered[what]["spec"].get("volumes"), thing["spec"].get("volumes"))
     seconds = time.monotonic() - started
     controller.others = [admitted(controller.admin, thing) for thing in others()]
     return f"{len(controller.unanswered)} pods in {seconds:.1f} s, as they were written"
@@ -198,14 +221,15 @@ def a_pod_gets_what_it_asks_for(controller):
     prepare, sidecar = controller.answered["sidecar"]["spec"]["initContainers"]
     same("mounts of init containers", ("volumeMounts" in prepare, sidecar.get("volumeMounts")), (False, [mount]))
     same("author's preference", preferences(controller.answered["affinity"]["spec"])[0][0], 5)
-    same("pod with its own volume", controller.answered["own volume"], controller.unanswered["own volume"])
+    for what in ["own volume", "relative path", "path upwards", "blank", "another volume of the name"]:
+        same(what, controller.answered[what], controller.unanswered[what])
     same("model without a label", "affinity" in controller.answered["long name"]["spec"], False)
     return f"volume, mounts, environment, preference; {len(asked)} kinds of pods"
 
 
 def preferences(spec):
     found = []
-    for term in spec["affinity"]["nodeAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]:
+    for term in spec["affinity"]["nodeAffinity"][PREFERRED]:
         [one] = term["preference"]["matchExpressions"]
         found.append((term["weight"], one["key"], one["operator"], one.get("values")))
     return found

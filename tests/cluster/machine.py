@@ -1,7 +1,7 @@
 """A machine that has joined the cluster: containerd and kubelet, all of it below one directory.
 
 Nothing of the host is changed: mounts are made in the script's own namespace, the kernel's settings that
-kubelet wants are shown to it by files.
+kubelet wants are shown to it by files, and directories that it writes to are hidden.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import tarfile
 import tempfile
@@ -22,6 +23,9 @@ from weightd import toml
 CGROUPS = Path("/sys/fs/cgroup")
 PAUSE, READER = "weightd.test/pause:1", "weightd.test/reader:1"
 SIDECAR, WEIGHTD = "weightd.test/sidecar:1", "weightd.test/weightd:1"
+
+# Where containerd, runc and kubelet write whatever they are told.
+HIDDEN = [Path("/run"), Path("/var/lib/kubelet"), Path("/var/log/containers")]
 
 # What kubelet sets. It finds these values, and so has nothing to set on the host.
 TUNABLES = {
@@ -62,6 +66,8 @@ class Machine(Processes):
 
     def __enter__(self):
         self.work.chmod(0o755)
+        for folder in HIDDEN:
+            self.hide(folder)
         # What kubelet shares with containers must be a mount that can be shared.
         subprocess.run(["mount", "--bind", self.work, self.work], check=True)
         subprocess.run(["mount", "--make-rshared", self.work], check=True)
@@ -74,6 +80,14 @@ class Machine(Processes):
             self.undo.close()
             raise
         return self
+
+    def hide(self, folder):
+        """Puts an empty directory over one of the host's, and makes none there that stays."""
+        if not folder.exists():
+            folder.mkdir()
+            self.undo.callback(folder.rmdir)
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], check=True)
+        self.undo.callback(subprocess.run, ["umount", "--lazy", folder], check=True)
 
     def start_containerd(self):
         runc = {"runtime_type": "io.containerd.runc.v2", "options": {"SystemdCgroup": False}}
@@ -245,6 +259,7 @@ def stripped(program):
     """A program without what only debuggers read: that is most of what a build for tests makes."""
     with tempfile.TemporaryDirectory() as folder:
         smaller = Path(folder) / "smaller"
-        command = ["objcopy", "--strip-debug", program, smaller]
-        done = subprocess.run(command, capture_output=True, check=False)
-        return (smaller if done.returncode == 0 else Path(program)).read_bytes()
+        if shutil.which("objcopy"):
+            subprocess.run(["objcopy", "--strip-debug", program, smaller], capture_output=True, check=False)
+        # What is no program stays as it is.
+        return (smaller if smaller.exists() else Path(program)).read_bytes()

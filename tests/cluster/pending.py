@@ -1,146 +1,93 @@
-"""What the controller's leader does for pods without a node, and for ModelPrefetch objects."""
+"""Pods without a node: the controller fills the shared tier meanwhile, and sums up what nodes say."""
 
-import json
 import time
 
 from chart import PREFETCHES, prefetch
-from control_plane import Processes, eventually, same
-from machine import toml
-from weightd import MODEL, NAMESPACE, REPO, resident_bytes
+from control_plane import eventually, same
+from controller import Controller
+from weightd import MODEL, ClusterNode, pod
 
 PODS = "/api/v1/namespaces/team-a/pods"
-PODS_AT_ONCE = 5000
-MEMORY_MIB = 64
 
 
-class Leader(Processes):
-    """One replica of the controller, with a shared tier and a Hub of its own."""
-
-    def __init__(self, cluster):
-        super().__init__(cluster.directory("leader"))
-        self.cluster, self.admin = cluster, cluster.plane.admin
-
-    def __enter__(self):
-        self.cluster.install("--set", "controller.enabled=true")
-        origin, binaries = self.work / "origin", self.cluster.binaries
-        generate = [binaries / "weightd-standin", "generate", "--root", origin, "--shards", 2]
-        self.start("generate", *generate, "--bytes-per-shard", 1_000_000).wait(timeout=60)
-        hub = self.start("hub", binaries / "weightd-standin", "hub", f"--repo={REPO}={origin}",
-                         stdin=-1, stdout=-1, text=True)
-        kubeconfig = self.cluster.plane.account("weightd-controller").kubeconfig(self.work / "kubeconfig")
-        config = {
-            "root": str(self.work / "root"),
-            "shared": {"root": str(self.work / "shared")},
-            "hf": {"endpoint": json.loads(hub.stdout.readline())["endpoint"]},
-            "kubernetes": {"kubeconfig": str(kubeconfig)},
-        }
-        rule = '[[access.deny]]\nsource = "hf://org/secret"\nnamespace = "team-a"\n'
-        (self.work / "weightd.toml").write_text(f"{toml(config)}\n{rule}")
-        command = [binaries / "weightd", "controller", "--config", self.work / "weightd.toml"]
-        own = {"POD_NAMESPACE": NAMESPACE, "POD_NAME": "weightd-controller-c", "HOME": str(self.work)}
-        self.program = self.start("controller", *command, env=own)
-        return self
+def told(cluster, made):
+    """The Events of the controller on a pod: their reasons and words."""
+    query = {"fieldSelector": f"involvedObject.uid={made['metadata']['uid']}"}
+    found = cluster.plane.admin.get("/api/v1/namespaces/team-a/events", **query)["items"]
+    return [(event["reason"], event["message"]) for event in found
+            if event["reportingComponent"] == "weightd.io/controller"]
 
 
-def waiting(name, **annotations):
-    """A pod that no node has room for."""
-    keys = {f"weightd.io/{key}": value for key, value in annotations.items()}
-    spec = {"containers": [{"name": "main", "image": "example.invalid/server:1"}], "automountServiceAccountToken": False}
-    about = {"name": name, "namespace": "team-a", "annotations": keys}
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": about, "spec": spec}
+def size_of(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def told(leader, made, reason):
-    query = {"fieldSelector": f"involvedObject.uid={made['metadata']['uid']},reason={reason}"}
-    found = leader.admin.get("/api/v1/namespaces/team-a/events", **query)["items"]
-    return [event["message"] for event in found if event["reportingComponent"] == "weightd.io/controller"]
-
-
-def blobs(leader):
-    return sorted((leader.work / "shared/blobs").rglob("*")) if (leader.work / "shared/blobs").exists() else []
-
-
-def a_waiting_pod_fills_the_shared_tier(leader):
-    same("blobs before", blobs(leader), [])
-    made = leader.admin.create(waiting("waits", model=MODEL))
+def a_pod_without_a_node_fills_the_shared_tier(cluster, node, tier):
+    """Its node finds the model there, and asks the origin for none of its bytes."""
+    admin = cluster.plane.admin
     started = time.monotonic()
-
-    def done():
-        return [text for text in told(leader, made, "WeightsPrefetching") if "nodes copy it" in text]
-
-    [text] = eventually("the pod is told", done, seconds=60)
-    same("there are blobs", len(blobs(leader)) > 0, True)
-    leader.admin.delete(f"{PODS}/waits", seconds=0)
-    return f"after {time.monotonic() - started:.1f} s: {text}"
-
-
-def a_claim_of_a_volume_of_ours_counts(leader):
-    volume = {
-        "apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": "pending"},
-        "spec": {"accessModes": ["ReadOnlyMany"], "capacity": {"storage": "1Gi"}, "storageClassName": "",
-                 "claimRef": {"namespace": "team-a", "name": "pending"},
-                 "csi": {"driver": "csi.weightd.io", "volumeHandle": "pending",
-                         "volumeAttributes": {"source": "hf://org/none"}}},
-    }
-    leader.admin.create(volume)
-    thing = waiting("claims")
-    claim = {"claimName": "pending"}
-    thing["spec"]["volumes"] = [{"name": "model", "persistentVolumeClaim": claim}]
-    made = leader.admin.create(thing)
-    [text] = eventually("the pod is told", lambda: told(leader, made, "WeightsNotPrefetched"), seconds=60)
-    leader.admin.delete(f"{PODS}/claims", seconds=0)
-    leader.admin.delete("/api/v1/persistentvolumes/pending")
-    return text
+    made = admin.create(pod("pending", node=None, annotations={"weightd.io/model": MODEL}))
+    begun = eventually("an Event", lambda: told(cluster, made), seconds=60)
+    same("reasons", {reason for reason, _ in begun}, {"WeightsPrefetching"})
+    size = size_of(node.origin)
+    eventually("the tier has the model", lambda: size_of(tier) >= size, seconds=60)
+    seconds = time.monotonic() - started
+    about = {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": "pending", "namespace": "team-a"}}
+    admin.call("POST", f"{PODS}/pending/binding", {**about, "target": {"kind": "Node", "name": node.name}})
+    tree = node.publish_to(made)
+    same("files", sorted(path.name for path in tree.iterdir()), sorted(path.name for path in node.origin.iterdir()))
+    fetched = [line for line in node.metrics() if line.startswith("weightd_fetch_bytes_total{")]
+    asked = [float(line.split()[-1]) for line in fetched if 'source="hf"' in line]
+    same(f"bytes of the node from the origin ({fetched})", sum(asked), 0)
+    return f"{size >> 10} KiB there {seconds:.1f} s after the pod; {told(cluster, made)[-1][1][:120]}"
 
 
-def a_pod_that_may_not_have_it_is_told(leader):
-    made = leader.admin.create(waiting("denied", model="hf://org/secret"))
-    [text] = eventually("the pod is told", lambda: told(leader, made, "WeightsNotPrefetched"), seconds=60)
-    same("why", "may not use hf://org/secret" in text, True)
-    leader.admin.delete(f"{PODS}/denied", seconds=0)
-    return text
+def a_pod_that_asks_for_what_is_not_there_is_told(cluster):
+    made = cluster.plane.admin.create(pod("hopeless", node=None, annotations={"weightd.io/model": "hf://org/none"}))
+    reason, words = eventually("an Event", lambda: [each for each in told(cluster, made) if each[0] != "WeightsPrefetching"],
+                               seconds=60)[0]
+    same("reason", reason, "WeightsNotPrefetched")
+    return words[:140]
 
 
-def objects_are_summed_up(leader):
-    admin = leader.admin
-    admin.create(prefetch("summed", source=MODEL))
-    admin.create({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "summed-1"}})
-    for name, phase in [("summed-1", "Ready"), ("summed-gone", "Fetching")]:
-        entry = {"name": name, "phase": phase, "updated": "2026-01-01T00:00:00Z"}
-        thing = {"apiVersion": "weightd.io/v1alpha1", "kind": "ModelPrefetch", "metadata": {"name": "summed"},
-                 "status": {"nodes": [entry]}}
-        admin.call("PATCH", f"{PREFETCHES}/summed/status", thing, "application/apply-patch+yaml",
-                   fieldManager=f"weightd/{name}", force="true")
+def the_controller_sums_up(cluster):
+    admin, account = cluster.plane.admin, cluster.plane.account("weightd-node")
+    admin.create(prefetch("summed"))
+    names = ["sum-1", "sum-2", "sum-3"]
+    for name in names:
+        admin.create({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}})
+    for name, phase in zip(names, ["Ready", "Fetching", "Ready"], strict=True):
+        status = {"nodes": [{"name": name, "phase": phase, "updated": "2026-01-01T00:00:00Z"}]}
+        thing = {**prefetch("summed"), "status": status}
+        del thing["spec"]
+        account.apply(thing, manager=f"weightd/{name}", part="/status")
 
-    def status():
-        return admin.get(f"{PREFETCHES}/summed").get("status", {})
+    def summary():
+        return (admin.get(f"{PREFETCHES}/summed").get("status") or {}).get("summary")
 
-    eventually("the summary", lambda: status().get("summary") == "1/2 ready", seconds=30)
-    eventually("the entry of a node that is not there goes", lambda: len(status()["nodes"]) == 1, seconds=120, pause=1)
-    eventually("the summary", lambda: status().get("summary") == "1/1 ready", seconds=30)
+    started = time.monotonic()
+    eventually("the summary", lambda: summary() == "2/3 ready", seconds=40)
+    seconds = time.monotonic() - started
+    status = admin.get(f"{PREFETCHES}/summed")["status"]
+    same("entries", [entry["name"] for entry in status["nodes"]], names)
     admin.delete(f"{PREFETCHES}/summed")
-    admin.delete("/api/v1/nodes/summed-1")
-    return "1/2 ready, and 1/1 once the entry of a node that is gone was removed"
-
-
-def many_pods_cost_little(leader):
-    before = resident_bytes(leader.program)
-    for index in range(PODS_AT_ONCE):
-        leader.admin.create(waiting(f"many-{index}", model=MODEL))
-    time.sleep(3)
-    grown = (resident_bytes(leader.program) - before) / 2**20
-    events = leader.admin.get("/api/v1/namespaces/team-a/events")["items"]
-    many = [event for event in events if event["involvedObject"]["name"].startswith("many-")]
-    same(f"Events, at most 20: {len(many)}", len(many) <= 20, True)
-    same(f"memory grown by at most {MEMORY_MIB} MiB: {grown:.1f}", grown <= MEMORY_MIB, True)
-    leader.admin.delete(PODS, seconds=0)
-    return f"{PODS_AT_ONCE} pods without a node: {grown:.1f} MiB more, {len(many)} Events"
+    for name in names:
+        admin.delete(f"/api/v1/nodes/{name}")
+    return f"`2/3 ready` after {seconds:.1f} s, entries of the nodes stay"
 
 
 def run(cluster, check):
     cluster.plane.namespace("team-a")
-    with Leader(cluster) as leader:
-        for test in [a_waiting_pod_fills_the_shared_tier, a_claim_of_a_volume_of_ours_counts,
-                     a_pod_that_may_not_have_it_is_told, objects_are_summed_up, many_pods_cost_little]:
-            check(test, leader)
+    cluster.install()
+    shared = cluster.directory("shared")
+    node = ClusterNode(cluster, "node-1")
+    node.settings = {"shared": {"root": str(shared / "weightd")}, "metrics": {"listen": "127.0.0.1:9809"}}
+    options = ["--set", f"shared.enabled=true,shared.filesystem=,shared.hostPath={shared}"]
+    with node, Controller(cluster, *options, HF_ENDPOINT=node.endpoint) as controller:
+        controller.start_replica("a")
+        check(a_pod_without_a_node_fills_the_shared_tier, cluster, node, shared / "weightd")
+        check(a_pod_that_asks_for_what_is_not_there_is_told, cluster)
+        check(the_controller_sums_up, cluster)
+    for name in ["pending", "hopeless"]:
+        cluster.plane.admin.delete(f"{PODS}/{name}", seconds=0)
     cluster.install()

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
@@ -27,7 +28,7 @@ class ClusterNode(Node):
         self.given_endpoint = endpoint
         account = account or cluster.plane.account("weightd-node")
         self.kubeconfig = account.kubeconfig(self.work / "kubeconfig")
-        self.running = {}
+        self.running, self.settings = {}, {}
         self.plugin_options = ["--grace=2"]
 
     def start(self, undo, name, *arguments, **options):
@@ -51,7 +52,7 @@ class ClusterNode(Node):
 
     def start_daemon(self, undo):
         config, listens = self.work / "weightd.toml", self.work / "weightd.sock"
-        settings = {"root": str(self.store), "socket": str(listens), "store": STORE}
+        settings = {"root": str(self.store), "socket": str(listens), "store": STORE} | self.settings
         own = {"HF_ENDPOINT": self.endpoint, "HOME": str(self.work), "AWS_EC2_METADATA_DISABLED": "true"}
         arguments = ["--config", config]
         if self.cluster.has("node"):
@@ -92,6 +93,11 @@ class ClusterNode(Node):
 
     def logged(self, program):
         return (self.work / f"{program}.log").read_text()
+
+    def metrics(self):
+        """The lines of the daemon's metrics, where it was told to serve them."""
+        with urllib.request.urlopen(f"http://{self.settings['metrics']['listen']}/metrics") as answer:
+            return answer.read().decode().splitlines()
 
     def weightctl(self, *arguments):
         command = [self.binaries / "weightctl", "--socket", self.work / "weightd.sock", "--output", "json", *arguments]
