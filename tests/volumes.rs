@@ -8,10 +8,14 @@ mod annotations;
 mod api;
 #[path = "volumes/buckets.rs"]
 mod buckets;
+#[path = "volumes/events.rs"]
+mod events;
 #[path = "volumes/expose.rs"]
 mod expose;
 #[path = "volumes/filling.rs"]
 mod filling;
+#[path = "volumes/ledger.rs"]
+mod ledger;
 #[path = "volumes/mounts.rs"]
 mod mounts;
 #[path = "volumes/node.rs"]

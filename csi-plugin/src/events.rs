@@ -16,7 +16,8 @@ mod story;
 mod tests;
 mod words;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -28,8 +29,9 @@ use weightd_proto::weightd::v1::{Acquired, Progress, Volume};
 
 use crate::daemon::Daemon;
 use crate::node::Node;
-use crate::pod::PodName;
-use crate::volume::Target;
+use crate::node::words::chain;
+use crate::pod::{PodName, Pods};
+use crate::volume::{self, Target};
 use post::{Budget, Poster, Refusal};
 use story::{Story, Turn};
 
@@ -56,6 +58,8 @@ struct Shared {
     stories: Mutex<HashMap<String, Story>>,
     changed: Notify,
     after: Duration,
+    /// There are too many, and that was logged.
+    crowded: AtomicBool,
 }
 
 /// Tells of one volume while a call works on it. Without API server it tells nobody.
@@ -64,8 +68,33 @@ pub(crate) struct Telling(Option<(Events, String)>);
 /// Tells the pods of `node` until it is dropped, if there is a way to.
 pub async fn run(node: Arc<Node>) {
     if let (Some(events), Some(pods)) = (&node.events, &node.pods) {
-        events.run(pods.client(), &node.node_id, &node.daemon).await;
+        let filled = async {
+            events.resume(&node, pods).await;
+            events.watch(&node.daemon).await;
+        };
+        tokio::join!(events.write(pods.client(), &node.node_id), filled);
     }
+}
+
+/// Holder, volume and pod of all that is mounted and not complete.
+async fn unfinished(node: &Node, pods: &Pods) -> Result<Vec<(String, String, PodName)>, String> {
+    let volumes = node.daemon.volumes().await;
+    let volumes = volumes.map_err(|status| status.message().to_owned())?;
+    let volumes: Vec<_> = volumes
+        .into_iter()
+        .filter(|volume| !volume.complete)
+        .collect();
+    if volumes.is_empty() {
+        return Ok(Vec::new());
+    }
+    let pods = pods.on(&node.node_id).await;
+    let pods = pods.map_err(|error| chain(&error))?;
+    let found = volumes.into_iter().filter_map(|found| {
+        let (uid, volume) = volume::of_holder(&found.holder)?;
+        let pod = pods.get(uid)?.clone();
+        Some((found.holder.clone(), volume.to_owned(), pod))
+    });
+    Ok(found.collect())
 }
 
 impl Events {
@@ -76,6 +105,7 @@ impl Events {
             stories: Mutex::default(),
             changed: Notify::new(),
             after,
+            crowded: AtomicBool::new(false),
         }))
     }
 
@@ -86,12 +116,15 @@ impl Events {
         if !stories.contains_key(&target.holder) {
             stories.retain(|_, story| !story.is_forgotten(now, FORGOTTEN));
             if stories.len() >= MOST {
-                tracing::warn!(
-                    volumes = MOST,
-                    "too many volumes wait, the pods of some are told nothing"
-                );
+                if !self.0.crowded.swap(true, Ordering::Relaxed) {
+                    tracing::warn!(
+                        volumes = MOST,
+                        "too many volumes wait, the pods of some are told nothing"
+                    );
+                }
                 return Telling::nobody();
             }
+            self.0.crowded.store(false, Ordering::Relaxed);
         }
         let story = stories
             .entry(target.holder.clone())
@@ -122,11 +155,30 @@ impl Events {
         }
     }
 
-    /// Writes until it is dropped, as node `node_id`.
-    async fn run(&self, client: Client, node_id: &str, daemon: &Daemon) {
-        tokio::join!(self.write(client, node_id), self.watch(daemon));
+    /// Goes on with the volumes that were mounted before this process began, and are not complete: kubelet does
+    /// not ask for them again.
+    async fn resume(&self, node: &Node, pods: &Pods) {
+        let mut pause = AWAY.0;
+        loop {
+            match unfinished(node, pods).await {
+                Ok(found) => {
+                    let now = Instant::now();
+                    let mut stories = self.stories();
+                    for (holder, volume, pod) in found.into_iter().take(MOST) {
+                        stories
+                            .entry(holder)
+                            .or_insert_with(|| Story::resume(pod, volume, now, self.0.after));
+                    }
+                    return;
+                }
+                Err(error) => tracing::debug!(error, "volumes that are filled not known yet"),
+            }
+            sleep(pause).await;
+            pause = (pause * 2).min(AWAY.1);
+        }
     }
 
+    /// Writes until it is dropped, as node `node_id`.
     async fn write(&self, client: Client, node_id: &str) {
         let poster = Poster::new(client, node_id);
         let mut budget = Budget::full(Instant::now());
@@ -181,7 +233,12 @@ impl Events {
     async fn watch(&self, daemon: &Daemon) {
         loop {
             sleep(self.0.after / 2).await;
-            if !self.stories().values().any(Story::is_filling) {
+            let filling: HashSet<String> = {
+                let stories = self.stories();
+                let filling = stories.iter().filter(|(_, story)| story.is_filling());
+                filling.map(|(holder, _)| holder.clone()).collect()
+            };
+            if filling.is_empty() {
                 continue;
             }
             // An answer that fails is no news: kubelet or the reconciler tell of a daemon that is away.
@@ -194,7 +251,8 @@ impl Events {
                 .collect();
             let now = Instant::now();
             self.stories().retain(|holder, story| {
-                let seen = !story.is_filling() || volumes.contains_key(holder.as_str());
+                // One that was mounted meanwhile may not be in the answer yet.
+                let seen = !filling.contains(holder) || volumes.contains_key(holder.as_str());
                 if let Some(volume) = volumes.get(holder.as_str()) {
                     story.filled(volume, now);
                 }

@@ -18,7 +18,7 @@ use tonic::Status;
 
 use crate::mount::{Mount, Shown};
 use crate::node::{self, By, Node, words};
-use crate::volume::Target;
+use crate::volume::{self, Target};
 
 /// How often is compared: once a minute. Each time costs a read of mountinfo and two small calls.
 const INTERVAL: Duration = Duration::from_secs(60);
@@ -73,12 +73,6 @@ fn is_pinned(pinned: &HashMap<String, Vec<String>>, target: &Target, mount: &Mou
         (Some(_), Some(Shown::Own)) => true,
         _ => false,
     }
-}
-
-/// The pod whose volume a holder's name stands for; `None` if it does not say.
-fn pod_of(holder: &str) -> Option<&str> {
-    let (uid, _) = holder.strip_prefix("csi/")?.split_once('.')?;
-    Some(uid)
 }
 
 impl Reconciler {
@@ -140,8 +134,8 @@ impl Reconciler {
     /// Whether a pin without a mount may be one that nobody needs. A plugin that sees the wrong directory sees no
     /// mounts at all, and what it released then would be missed by pods that run.
     fn may_be_gone(&self, holder: &str, alive: Option<&HashSet<String>>) -> bool {
-        match (alive, pod_of(holder)) {
-            (Some(alive), Some(uid)) => !alive.contains(uid),
+        match (alive, volume::of_holder(holder)) {
+            (Some(alive), Some((uid, _))) => !alive.contains(uid),
             _ => self.node.kubelet.has_pods(),
         }
     }

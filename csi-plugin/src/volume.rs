@@ -138,6 +138,11 @@ fn holder(uid: &str, volume: &str, leaf: &str, below: &Path) -> String {
     format!("csi/path-{hex}")
 }
 
+/// The pod's uid and the volume's name that a holder stands for; `None` if it does not say.
+pub(crate) fn of_holder(holder: &str) -> Option<(&str, &str)> {
+    holder.strip_prefix("csi/")?.split_once('.')
+}
+
 /// A publish request that may be carried out.
 pub struct Volume {
     /// Where to.

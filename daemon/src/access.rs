@@ -239,6 +239,16 @@ impl Access {
         ))
     }
 
+    /// For how long the origin's rate limit keeps `requester` from asking anything; `None` if it does not.
+    #[must_use]
+    pub fn limited_for(&self, model: &ModelRef, requester: &Requester) -> Option<Duration> {
+        let askers = self.origins.askers(model.scheme(), &requester.credentials);
+        let askers = askers.ok()?.into_iter();
+        askers
+            .filter_map(|asker| asker.inquire(model).limited_for())
+            .max()
+    }
+
     /// The grant, if the policy has nothing against what the origin calls the model either.
     fn granted(
         &self,

@@ -204,7 +204,12 @@ impl Config {
         )?;
         let some = store.max_bytes.is_none_or(|bytes| bytes.0 > 0);
         ensure(some, "store.max_bytes", "it is more than 0")?;
-        Ok(())
+        let label = store.selinux_label.as_deref();
+        ensure(
+            label.is_none_or(|label| (3..=5).contains(&label.split(':').count())),
+            "store.selinux_label",
+            "it is user:role:type:level",
+        )
     }
 
     fn check_fetch(&self) -> Result<(), ConfigError> {
@@ -648,6 +653,7 @@ mod tests {
         let mut keys = flatten(&Config::default());
         for key in [
             "store.max_bytes",
+            "store.selinux_label",
             "hf.endpoint",
             "hf.token_file",
             "s3.endpoint",

@@ -18,6 +18,7 @@ use kube::api::Api;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use weightd_core::errors::Chain;
 use weightd_core::metrics::Metrics;
 use weightd_kube::ConnectError;
 
@@ -28,6 +29,8 @@ use crate::serve::http;
 mod certificate;
 mod election;
 mod inject;
+mod pending;
+mod summary;
 #[cfg(test)]
 mod testing;
 mod tls;
@@ -35,6 +38,7 @@ mod webhook;
 
 use certificate::{Current, Origin, Renewal};
 use election::{Candidate, Pace};
+use pending::Pending;
 use webhook::Webhook;
 
 /// How long the webhook is answered after SIGTERM: until API servers have heard that this pod goes.
@@ -249,7 +253,33 @@ impl Controller {
                 renewal.run().await;
             }
         };
-        tokio::join!(term.run_until_cancelled(renew), term.cancelled());
+        let fill = self.fill_for_pending(term.clone());
+        let sum_up = summary::run(self.client.clone());
+        tokio::join!(
+            term.run_until_cancelled(renew),
+            term.run_until_cancelled(sum_up),
+            fill,
+            term.cancelled(),
+        );
+    }
+
+    /// Fills the shared tier for pods without a node, if there is one.
+    async fn fill_for_pending(&self, term: CancellationToken) {
+        let settings = &self.config.controller;
+        let Some(tier) = self.config.shared_config().filter(|_| settings.pending) else {
+            tracing::info!(
+                "nothing is filled for pods without a node: there is no shared tier, or it is not wanted"
+            );
+            return;
+        };
+        let (client, metrics) = (self.client.clone(), Arc::clone(&self.metrics));
+        let pending = Pending::new(&self.config, tier, client, &self.replica.pod, metrics, term);
+        match pending.await {
+            Ok(pending) => pending.run(self.client.clone()).await,
+            Err(error) => {
+                tracing::error!(error = %Chain(&error), "nothing is filled for pods without a node");
+            }
+        }
     }
 
     fn certificate_names(&self) -> Vec<String> {

@@ -30,8 +30,11 @@ use crate::sources::{Origins, OriginsError};
 use crate::volumes::Volumes;
 
 pub(crate) mod http;
+mod label;
 mod scrub;
 pub(crate) mod socket;
+
+pub use label::LabelError;
 
 /// Why the daemon does not run.
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +42,9 @@ pub enum ServeError {
     /// The store cannot be used.
     #[error("cannot open the store")]
     Store(#[from] StoreError),
+    /// The store cannot get the label that pods may read.
+    #[error("cannot label the store")]
+    Label(#[from] LabelError),
     /// A setting cannot be used.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -73,6 +79,9 @@ impl ServeError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Store(error) => error.hint(),
+            Self::Label(_) => Some(
+                "is SELinux on here, and may this process relabel (the chart's selinux.type)? else leave store.selinux_label out".to_owned(),
+            ),
             Self::Taken { .. } => {
                 Some("stop it first, or give this one another --socket and --root".to_owned())
             }
@@ -151,7 +160,15 @@ async fn start(config: &Config) -> Result<Started, ServeError> {
         Some(config.file.allow.clone()),
     )?;
     let sources = Arc::new(sources);
-    let store = blocking::run(move || Store::open(&root, limits)).await?;
+    let label = config.store.selinux_label.clone();
+    let store = blocking::run(move || {
+        // First: what is made in the root takes its label.
+        if let Some(label) = label {
+            label::label(&root, &label)?;
+        }
+        Ok::<_, ServeError>(Store::open(&root, limits)?)
+    });
+    let store = store.await?;
     let metrics = Arc::new(Metrics::default());
     let tier = config.shared_config();
     let tier = tier.map(|config| SharedTier::new(config, Arc::clone(&metrics)));

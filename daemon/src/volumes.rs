@@ -4,11 +4,12 @@
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, SystemTime};
 
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use weightd_core::blocking;
-use weightd_core::fetch::{Fetch, FetchError, FetchRequest, Fetched, Fetcher, Progress};
+use weightd_core::fetch::{Fetch, FetchError, FetchRequest, Fetched, Fetcher, Progress, Wait};
 use weightd_core::model::{ModelRef, Patterns, Revision, SnapshotId};
 use weightd_core::source::SourceError;
 use weightd_core::store::{Holder, Layout, Store, StoreError, Volume, VolumeRecord};
@@ -25,6 +26,9 @@ use turn::{Turn, Turns, Untold};
 /// How often a snapshot that was fetched may be evicted before its volume could pin it, and how often a
 /// fetch may be joined that others began without the right to it.
 const TURNS: u32 = 5;
+
+/// How often a call that waits for the right to a model says why.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// A pod's volume, as it is asked for.
 #[derive(Debug)]
@@ -189,8 +193,7 @@ impl Volumes {
             Some(revision) => model.at(&revision),
             None => model.clone(),
         };
-        let access = &self.access;
-        let grant = access.grant(&asked, patterns, &request.requester).await?;
+        let grant = self.granted(&asked, request, progress).await?;
         let record = VolumeRecord {
             model: model.clone(),
             revision: grant.revision.clone(),
@@ -211,6 +214,31 @@ impl Volumes {
         }
         let model = model.clone();
         Err(AcquireError::Evicted { model })
+    }
+
+    /// Establishes that the requester may have `model`, and reports a rate limit that this waits for.
+    async fn granted(
+        &self,
+        model: &ModelRef,
+        request: &VolumeRequest,
+        report: &mut (dyn FnMut(&Progress) + Send),
+    ) -> Result<Grant, AccessError> {
+        let (access, requester) = (&self.access, &request.requester);
+        let mut grant = std::pin::pin!(access.grant(model, &request.patterns, requester));
+        loop {
+            tokio::select! {
+                grant = &mut grant => return grant,
+                () = tokio::time::sleep(LOOK) => {}
+            }
+            let limited = access.limited_for(model, requester);
+            let wait = limited.map(|left| Wait::RateLimit {
+                until: SystemTime::now() + left,
+            });
+            report(&Progress {
+                wait,
+                ..Progress::of(model.clone())
+            });
+        }
     }
 
     fn waiting(&self) -> MutexGuard<'_, HashSet<Holder>> {

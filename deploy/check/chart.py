@@ -53,13 +53,13 @@ def pods(rendered):
 
 def settings(name, rendered):
     """The daemon takes the settings that were made."""
-    toml = [one["data"]["weightd.toml"] for one in of_kind(rendered, "ConfigMap") if "weightd.toml" in one["data"]]
-    check(f"{name}: one weightd.toml", len(toml) == 1, toml)
-    asked = check_config(toml[0])
-    if "unknown field `controller`" in asked.stderr:
-        print(f"check: {name}: SKIPPED the settings, this daemon has no section [controller]")
-        return
-    check(f"{name}: weightd --check-config", asked.returncode == 0, asked.stderr + toml[0])
+    has = [one for one in of_kind(rendered, "ConfigMap") if "weightd.toml" in one["data"]]
+    programs = sum(one["kind"] == "Deployment" for one in rendered) + 1
+    check(f"{name}: a weightd.toml for daemon and controller", len(has) == programs, len(has))
+    for one in has:
+        toml = one["data"]["weightd.toml"]
+        asked = check_config(toml)
+        check(f"{name}: weightd --check-config", asked.returncode == 0, asked.stderr + toml)
 
 
 def check_config(toml):
@@ -183,6 +183,7 @@ def bad_values():
         "config.hf.token_file=/x": "hf.tokenSecret",
         "config.metrics.listen=x": "metrics",
         "config.shared.root=/x": "shared",
+        "config.controller.webhook=x": "injection",
         "shared.claim=x": "shared.enabled",
         "image.digest=latest": "digest",
         "metrics.port=99999": "port",

@@ -77,9 +77,9 @@ class Api:
     def get(self, path, **query):
         return self.call("GET", path, **query)
 
-    def create(self, thing, strict=True):
+    def create(self, thing, **query):
         """Creates an object; a field that the server does not know is an error, not a warning."""
-        return self.call("POST", place(thing), thing, fieldValidation="Strict" if strict else "Warn")
+        return self.call("POST", place(thing), thing, fieldValidation="Strict", **query)
 
     def apply(self, thing, manager="test", part="", **query):
         """Server-side apply, to a part such as `/status` if that is named."""

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import yaml
 
-from api import plural
+from api import place, plural
 from control_plane import ControlPlane, eventually
 from machine import cgroups, remove_cgroups
 from weightd import NAMESPACE
 
 # In this order; each is a file beside this one.
-TESTS = ["annotations", "chart", "rights", "kubelet"]
+TESTS = ["annotations", "events", "chart", "rights", "policy", "containers", "warm", "controller", "pending", "kubelet", "scale"]
 
 
 class Cluster:
@@ -68,8 +68,17 @@ class Cluster:
                 eventually("the custom resource", lambda thing=thing: self.plane.admin.apply(thing))
             else:
                 self.apply(thing)
+        self.remove_others(things)
         self.installed = (options, things)
         return things
+
+    def remove_others(self, things):
+        """What an earlier installation had, and this one has not. Custom resources stay, as with helm."""
+        paths = {f"{place(thing)}/{thing['metadata']['name']}" for thing in things}
+        for thing in self.installed[1] if self.installed else []:
+            path = f"{place(thing)}/{thing['metadata']['name']}"
+            if path not in paths and thing["kind"] != "CustomResourceDefinition":
+                self.plane.admin.delete(path)
 
     def apply(self, thing):
         name = f"{thing['kind']} {thing['metadata']['name']}"
@@ -84,9 +93,9 @@ class Cluster:
 
 def features(binaries, known={}):  # noqa: B006
     if not known:
-        done = subprocess.run([binaries / "weightd", "--help"], capture_output=True, text=True, check=True)
-        known["node"] = "--node-name" in done.stdout
-        known["controller"] = "controller" in done.stdout
+        program = (binaries / "weightd").read_bytes()
+        known["node"] = b"agent-not-ready" in program
+        known["controller"] = b"weightd-webhook-certificate" in program
     return [name for name, there in known.items() if there]
 
 

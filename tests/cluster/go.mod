@@ -8,7 +8,7 @@ tool (
 	k8s.io/kubernetes/cmd/kube-apiserver
 	k8s.io/kubernetes/cmd/kubelet
 	weightd.io/tests/cluster/reader
-	weightd.io/tests/cluster/registrar
+	weightd.io/tests/cluster/sidecar
 )
 
 require (

@@ -1,7 +1,7 @@
 """A machine that has joined the cluster: containerd and kubelet, all of it below one directory.
 
 Nothing of the host is changed: mounts are made in the script's own namespace, the kernel's settings that
-kubelet wants are shown to it by files.
+kubelet wants are shown to it by files, and directories that it writes to are hidden.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import tarfile
 import tempfile
@@ -17,9 +18,14 @@ from pathlib import Path
 import yaml
 
 from control_plane import ADDRESS, Processes, eventually
+from weightd import toml
 
 CGROUPS = Path("/sys/fs/cgroup")
-PAUSE, READER, WEIGHTD = "weightd.test/pause:1", "weightd.test/reader:1", "weightd.test/weightd:1"
+PAUSE, READER = "weightd.test/pause:1", "weightd.test/reader:1"
+SIDECAR, WEIGHTD = "weightd.test/sidecar:1", "weightd.test/weightd:1"
+
+# Where containerd, runc and kubelet write whatever they are told.
+HIDDEN = [Path("/run"), Path("/var/lib/kubelet"), Path("/var/log/containers")]
 
 # What kubelet sets. It finds these values, and so has nothing to set on the host.
 TUNABLES = {
@@ -50,7 +56,7 @@ def why_not():
 
 
 class Machine(Processes):
-    """kubelet of `name`, with the plugin's folders where the chart has them."""
+    """kubelet of `name`."""
 
     def __init__(self, cluster, name):
         super().__init__(cluster.directory("machine"))
@@ -60,6 +66,8 @@ class Machine(Processes):
 
     def __enter__(self):
         self.work.chmod(0o755)
+        for folder in HIDDEN:
+            self.hide(folder)
         # What kubelet shares with containers must be a mount that can be shared.
         subprocess.run(["mount", "--bind", self.work, self.work], check=True)
         subprocess.run(["mount", "--make-rshared", self.work], check=True)
@@ -72,6 +80,14 @@ class Machine(Processes):
             self.undo.close()
             raise
         return self
+
+    def hide(self, folder):
+        """Puts an empty directory over one of the host's, and makes none there that stays."""
+        if not folder.exists():
+            folder.mkdir()
+            self.undo.callback(folder.rmdir)
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], check=True)
+        self.undo.callback(subprocess.run, ["umount", "--lazy", folder], check=True)
 
     def start_containerd(self):
         runc = {"runtime_type": "io.containerd.runc.v2", "options": {"SystemdCgroup": False}}
@@ -96,11 +112,15 @@ class Machine(Processes):
         file.write_text(toml(config))
         self.start("containerd", "containerd", "--config", file)
         eventually("containerd answers", lambda: self.ctr("version"), pause=0.2)
-        self.add_image(PAUSE, {"reader": self.cluster.tools / "reader"}, ["/reader"])
-        self.add_image(READER, {"reader": self.cluster.tools / "reader"}, ["/reader"])
-        programs = {name: self.cluster.binaries / name for name in ["weightctl", "weightd", "weightd-csi"]}
-        programs["reader"] = self.cluster.tools / "reader"
-        self.add_image(WEIGHTD, programs, ["/weightctl"])
+        binaries, tools = self.cluster.binaries, self.cluster.tools
+        for name in [PAUSE, READER]:
+            self.add_image(name, {"reader": tools / "reader"}, ["/reader"])
+        self.add_image(SIDECAR, {"sidecar": tools / "sidecar"}, ["/sidecar"])
+        # As deploy/Dockerfile makes it, with the libraries that a build for tests needs, and the reader. Some
+        # authority there must be: the programs do not start without any.
+        files = {"reader": tools / "reader", "etc/ssl/certs/ca-certificates.crt": self.cluster.plane.ca}
+        files |= {f"usr/local/bin/{name}": binaries / name for name in ["weightctl", "weightd", "weightd-csi"]}
+        self.add_image(WEIGHTD, files, ["/usr/local/bin/weightd"])
 
     def ctr(self, *arguments):
         command = ["ctr", "--address", self.containerd, "--namespace", "k8s.io", *arguments]
@@ -109,9 +129,9 @@ class Machine(Processes):
             raise OSError(f"ctr {arguments[0]}: {done.stderr}")
         return done.stdout
 
-    def add_image(self, name, programs, entrypoint):
+    def add_image(self, name, files, entrypoint):
         file = self.work / "image.tar"
-        write_image(file, name, programs, entrypoint)
+        write_image(file, name, files, entrypoint)
         self.ctr("images", "import", file)
         file.unlink()
 
@@ -167,11 +187,11 @@ class Machine(Processes):
 
         eventually("kubelet registers the node", ready, seconds=90, pause=0.2)
 
-    def output(self, pod):
-        """The lines that the first container of a pod has printed."""
+    def output(self, pod, container="main"):
+        """The lines that a container of a pod has printed."""
         about = pod["metadata"]
         folder = self.logs / f"{about['namespace']}_{about['name']}_{about['uid']}"
-        lines = [line for file in sorted(folder.glob("main/*.log")) for line in file.read_text().splitlines()]
+        lines = [line for file in sorted(folder.glob(f"{container}/*.log")) for line in file.read_text().splitlines()]
         # <time> <stream> <F or P> <text>
         return [line.split(" ", 3)[3] for line in lines]
 
@@ -193,17 +213,6 @@ def remove_cgroups(folders):
             folder.rmdir()
 
 
-def toml(table, prefix=""):
-    """TOML of tables, texts, numbers and truths."""
-    plain = [f"{key} = {json.dumps(value)}" for key, value in table.items() if not isinstance(value, dict)]
-    text = "\n".join(plain) + "\n"
-    for key, value in table.items():
-        if isinstance(value, dict):
-            name = f"{prefix}{json.dumps(key)}"
-            text += f"[{name}]\n" + toml(value, f"{name}.")
-    return text
-
-
 def libraries(program):
     """The shared libraries of a program, by the paths it looks for them at."""
     done = subprocess.run(["ldd", program], capture_output=True, text=True, check=False)
@@ -211,12 +220,12 @@ def libraries(program):
     return {Path(word) for word in words if word.startswith("/")}
 
 
-def write_image(file, name, programs, entrypoint):
-    """An image with nothing but these programs, at its root, and the libraries they need."""
+def write_image(file, name, files, entrypoint):
+    """An image with nothing but these files, by their paths, and the libraries that the programs among them need."""
     layer = io.BytesIO()
     with tarfile.open(fileobj=layer, mode="w") as archive:
-        needed = {library for program in programs.values() for library in libraries(program)}
-        for path, source in [*programs.items(), *((str(path)[1:], path) for path in sorted(needed))]:
+        needed = {library for program in files.values() for library in libraries(program)}
+        for path, source in [*files.items(), *((str(path)[1:], path) for path in sorted(needed))]:
             content = stripped(source)
             about = tarfile.TarInfo(path)
             about.mode, about.size = 0o755, len(content)
@@ -248,7 +257,9 @@ def write_image(file, name, programs, entrypoint):
 
 def stripped(program):
     """A program without what only debuggers read: that is most of what a build for tests makes."""
-    with tempfile.NamedTemporaryFile() as smaller:
-        command = ["objcopy", "--strip-debug", program, smaller.name]
-        done = subprocess.run(command, capture_output=True, check=False)
-        return Path(smaller.name if done.returncode == 0 else program).read_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        smaller = Path(folder) / "smaller"
+        if shutil.which("objcopy"):
+            subprocess.run(["objcopy", "--strip-debug", program, smaller], capture_output=True, check=False)
+        # What is no program stays as it is.
+        return (smaller if smaller.exists() else Path(program)).read_bytes()

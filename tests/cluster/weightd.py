@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
@@ -13,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
 from node import CALL_SECONDS, MODEL, REPO, Node, answers, stop  # noqa: E402, F401
 
 NAMESPACE = "weightd"
+# The disk that the tests run on may be fuller than a node's.
+STORE = {"high_watermark_percent": 97, "low_watermark_percent": 95}
 
 
 class ClusterNode(Node):
@@ -25,9 +28,7 @@ class ClusterNode(Node):
         self.given_endpoint = endpoint
         account = account or cluster.plane.account("weightd-node")
         self.kubeconfig = account.kubeconfig(self.work / "kubeconfig")
-        self.running = {}
-        # What else stands in the daemon's configuration.
-        self.config = ""
+        self.running, self.settings = {}, {}
         self.plugin_options = ["--grace=2"]
 
     def start(self, undo, name, *arguments, **options):
@@ -51,13 +52,13 @@ class ClusterNode(Node):
 
     def start_daemon(self, undo):
         config, listens = self.work / "weightd.toml", self.work / "weightd.sock"
-        lines = [f"root = {json.dumps(str(self.store))}", f"socket = {json.dumps(str(listens))}", self.config]
+        settings = {"root": str(self.store), "socket": str(listens), "store": STORE} | self.settings
         own = {"HF_ENDPOINT": self.endpoint, "HOME": str(self.work), "AWS_EC2_METADATA_DISABLED": "true"}
         arguments = ["--config", config]
         if self.cluster.has("node"):
-            lines += ["[kubernetes]", f"kubeconfig = {json.dumps(str(self.kubeconfig))}"]
+            settings["kubernetes"] = {"kubeconfig": str(self.kubeconfig)}
             arguments += ["--node-name", self.name]
-        config.write_text("\n".join(lines) + "\n")
+        config.write_text(toml(settings))
         daemon = self.start(undo, "weightd", *arguments, env=own)
         deadline = time.monotonic() + 30
         while not answers(listens):
@@ -93,10 +94,26 @@ class ClusterNode(Node):
     def logged(self, program):
         return (self.work / f"{program}.log").read_text()
 
+    def metrics(self):
+        """The lines of the daemon's metrics, where it was told to serve them."""
+        with urllib.request.urlopen(f"http://{self.settings['metrics']['listen']}/metrics") as answer:
+            return answer.read().decode().splitlines()
+
     def weightctl(self, *arguments):
         command = [self.binaries / "weightctl", "--socket", self.work / "weightd.sock", "--output", "json", *arguments]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         return json.loads(done.stdout)
+
+
+def toml(table, prefix=""):
+    """TOML of tables, texts, numbers, truths and lists of them."""
+    plain = [f"{key} = {json.dumps(value)}" for key, value in table.items() if not isinstance(value, dict)]
+    text = "\n".join(plain) + "\n"
+    for key, value in table.items():
+        if isinstance(value, dict):
+            name = f"{prefix}{json.dumps(key)}"
+            text += f"[{name}]\n" + toml(value, f"{name}.")
+    return text
 
 
 def silent_origin():

@@ -40,7 +40,7 @@ impl Node {
         };
         node.model.publish(&node.hub, "org/model");
         let slow = FaultKind::Slow {
-            bytes_per_second: 4 * MIB,
+            bytes_per_second: 2 * MIB,
         };
         node.hub.fault(Fault::new(slow).on(Origin::Cdn).forever());
         node
@@ -284,6 +284,9 @@ fn a_metadata_service_that_gives_no_token_is_named_with_a_remedy() {
                 .all(|asked| asked == "PUT /latest/api/token")
         );
     }
+    let list = node.file("list", "hf://org/model");
+    let mut file_last = node.bootstrap(&["--from", "user-data,tags,file", "--file", &list]);
+    assert_eq!(ready(&run(&mut file_last)), ["hf://org/model"]);
     let mut away = node.bootstrap(&["--strict"]);
     away.env_remove("AWS_EC2_METADATA_DISABLED");
     // Port 9 discards; nobody listens.

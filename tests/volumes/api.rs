@@ -1,4 +1,4 @@
-//! A stand-in API server: the pods of a cluster, of which it tells no more than their metadata.
+//! A stand-in API server: the pods of a cluster, of which it tells no more than their metadata, and their Events.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -11,7 +11,7 @@ use std::thread;
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::Body;
+use axum::body::{Body, to_bytes};
 use axum::extract::{Query, Request};
 use axum::response::Response;
 use futures::{Stream, StreamExt, stream};
@@ -19,6 +19,8 @@ use serde_json::{Value, json};
 use tokio::net::TcpSocket;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::watch;
+
+use crate::ledger::{Ledger, Line, Place};
 
 /// Whoever shows it is the plugin.
 pub(crate) const TOKEN: &str = "token-of-the-plugins-service-account";
@@ -91,6 +93,9 @@ struct State {
     changes: Vec<Change>,
     asked: Vec<String>,
     mood: Mood,
+    ledger: Ledger,
+    /// For writes of Events.
+    ledger_mood: Mood,
 }
 
 struct Cluster {
@@ -138,6 +143,8 @@ impl Api {
             changes: Vec::new(),
             asked: Vec::new(),
             mood: Mood::Well,
+            ledger: Ledger::default(),
+            ledger_mood: Mood::Well,
         };
         let api = Self {
             cluster: Arc::new(Cluster {
@@ -197,6 +204,26 @@ impl Api {
 
     pub(crate) fn set(&self, mood: Mood) {
         self.cluster.state().mood = mood;
+    }
+
+    /// How it meets whoever writes an Event.
+    pub(crate) fn set_for_events(&self, mood: Mood) {
+        self.cluster.state().ledger_mood = mood;
+    }
+
+    /// The Events of a pod as `kubectl describe pod` shows them.
+    pub(crate) fn events(&self, pod: &str, uid: &str) -> Vec<Line> {
+        self.cluster.state().ledger.of(pod, uid)
+    }
+
+    /// How often somebody tried to write an Event.
+    pub(crate) fn event_writes(&self) -> usize {
+        self.cluster.state().ledger.writes()
+    }
+
+    /// All Events are too old.
+    pub(crate) fn forget_events(&self) {
+        self.cluster.state().ledger.forget();
     }
 
     /// Adds a pod. One that had the name is gone.
@@ -308,11 +335,41 @@ impl Question {
 }
 
 async fn answer(cluster: Arc<Cluster>, request: Request) -> Response {
+    if let Some(place) = Place::parse(request.uri().path()) {
+        return write_event(&cluster, &place, request).await;
+    }
     let answer = answer_if_any(&cluster, &request);
     drop(request);
     match answer {
         Some(answer) => answer,
         None => pending().await,
+    }
+}
+
+async fn write_event(cluster: &Arc<Cluster>, place: &Place, request: Request) -> Response {
+    let body = to_bytes(request.into_body(), 1 << 20)
+        .await
+        .expect("a body");
+    let body: Value = serde_json::from_slice(&body).expect("JSON");
+    let mood = {
+        let mut state = cluster.state();
+        state.ledger.asked(place);
+        match state.ledger_mood {
+            Mood::Well => return state.ledger.write(place, &body),
+            mood => mood,
+        }
+    };
+    match mood {
+        Mood::Forbids => {
+            let (group, verb) = place.right();
+            let text = format!(
+                "events is forbidden: User \"system:serviceaccount:weightd:weightd-node\" cannot {verb} resource \
+                 \"events\" in API group \"{group}\" in the namespace \"team-a\""
+            );
+            status(403, "Forbidden", &text)
+        }
+        Mood::Silent => pending().await,
+        _ => status(503, "ServiceUnavailable", "the server is starting"),
     }
 }
 
@@ -410,7 +467,7 @@ fn changes(
     .filter_map(async |line| line)
 }
 
-fn status(code: u16, reason: &str, message: &str) -> Response {
+pub(crate) fn status(code: u16, reason: &str, message: &str) -> Response {
     let status = json!({
         "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
         "message": message, "reason": reason, "code": code,
@@ -418,7 +475,7 @@ fn status(code: u16, reason: &str, message: &str) -> Response {
     respond(code, status.to_string())
 }
 
-fn respond(code: u16, body: impl Into<Body>) -> Response {
+pub(crate) fn respond(code: u16, body: impl Into<Body>) -> Response {
     let response = Response::builder().status(code);
     let response = response.header("content-type", "application/json");
     response.body(body.into()).expect("a response")

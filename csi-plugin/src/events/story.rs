@@ -55,6 +55,8 @@ pub(super) struct Story {
     counts: HashMap<Reason, i32>,
     /// It is being written.
     posting: bool,
+    /// Another process has begun to tell it, maybe.
+    resumed: bool,
 }
 
 /// What is to be written next.
@@ -107,6 +109,16 @@ impl Story {
             round: 0,
             counts: HashMap::new(),
             posting: false,
+            resumed: false,
+        }
+    }
+
+    /// Of a volume that was mounted, and not complete, before this process began.
+    pub(super) fn resume(pod: PodName, volume: String, now: Instant, unit: Duration) -> Self {
+        Self {
+            filling: true,
+            resumed: true,
+            ..Self::begin(pod, volume, now, unit)
         }
     }
 
@@ -120,10 +132,15 @@ impl Story {
     }
 
     pub(super) fn model(&mut self, model: &str) {
-        model.clone_into(&mut self.model);
+        if !model.is_empty() {
+            model.clone_into(&mut self.model);
+        }
     }
 
     pub(super) fn progress(&mut self, progress: Progress, now: Instant) {
+        if self.model.is_empty() {
+            self.model(&progress.model);
+        }
         if progress.bytes > 0 {
             self.found.get_or_insert(progress.bytes_done);
         }
@@ -215,7 +232,7 @@ impl Story {
                 self.told.is_none_or(|told| self.touched > told)
             }
             // Who was told nothing waited for nothing.
-            State::Ready => self.posting || !self.counts.is_empty(),
+            State::Ready => self.posting || self.resumed || !self.counts.is_empty(),
         };
         self.due.filter(|_| known)
     }
@@ -253,9 +270,12 @@ impl Story {
     }
 
     fn summary(&self) -> String {
-        let took = self.touched - self.begun;
-        let (model, volume) = (&self.model, &self.volume);
         let progress = self.progress.as_ref();
+        let took = match progress.filter(|_| self.resumed) {
+            Some(now) => Duration::try_from_secs_f64(now.elapsed_seconds).unwrap_or_default(),
+            None => self.touched - self.begun,
+        };
+        let (model, volume) = (&self.model, &self.volume);
         words::ready(model, volume, self.filling, took, progress, self.found)
     }
 

@@ -15,8 +15,7 @@ pub(super) fn fetching(
     mounted: bool,
     progress: Option<&Progress>,
 ) -> String {
-    let named = progress.map_or("", |now| now.model.as_str());
-    let model = shorten(if model.is_empty() { named } else { model });
+    let model = shorten(model);
     let doing = match mounted {
         true => format!("filling volume `{volume}`, which is mounted already, with {model}"),
         false => format!("fetching {model} for volume `{volume}`"),
@@ -170,5 +169,73 @@ fn shorten(model: &str) -> String {
     match model.rsplit_once('@') {
         Some((name, revision)) if long(revision) => format!("{name}@{}", &revision[..12]),
         _ => model.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    fn now() -> Progress {
+        Progress {
+            phase: Phase::Fetching.into(),
+            bytes: 65 * GIB,
+            bytes_done: 12 * GIB,
+            bytes_per_second: 2.0 * GIB as f64,
+            ..Progress::default()
+        }
+    }
+
+    fn told(change: impl FnOnce(&mut Progress)) -> String {
+        let mut progress = now();
+        change(&mut progress);
+        let text = fetching("s3://bucket/model", "model", false, Some(&progress));
+        let start = "fetching s3://bucket/model for volume `model`: ";
+        text.strip_prefix(start).expect("it begins so").to_owned()
+    }
+
+    #[test]
+    fn where_the_bytes_come_from_is_told() {
+        let from = |shared: f64| told(|now| now.bytes_per_second_shared = shared * GIB as f64);
+        assert_eq!(from(0.0), "12.0 of 65.0 GiB, 2.0 GiB/s from S3");
+        let both = "12.0 of 65.0 GiB, 2.0 GiB/s from S3 and the shared tier";
+        assert_eq!(from(1.0), both);
+        assert_eq!(
+            from(2.0),
+            "12.0 of 65.0 GiB, 2.0 GiB/s from the shared tier"
+        );
+    }
+
+    #[test]
+    fn each_phase_has_its_words() {
+        let phase = |phase: Phase| told(|now| now.phase = phase.into());
+        assert_eq!(phase(Phase::Resolving), "its origin is asked what it holds");
+        let room = "waiting for room for 65.0 GiB in the node's store";
+        assert_eq!(phase(Phase::WaitingForRoom), room);
+        assert_eq!(phase(Phase::Publishing), "65.0 GiB are here and checked");
+        let small = told(|now| (now.bytes_done, now.bytes_per_second) = (1 << 20, 0.0));
+        assert_eq!(small, "1.0 MiB of 65.0 GiB");
+    }
+
+    #[test]
+    fn the_end_says_how_much_came_which_way() {
+        let end = |change: fn(&mut Progress), found| {
+            let mut now = now();
+            now.bytes_done = now.bytes;
+            change(&mut now);
+            let took = Duration::from_secs(63);
+            let text = ready("hf://org/model", "model", true, took, Some(&now), found);
+            let start = "volume `model` is complete with hf://org/model: 65.0 GiB in 63 s";
+            text.strip_prefix(start).expect("it begins so").to_owned()
+        };
+        let all = ", 65.0 GiB from the Hub";
+        assert_eq!(end(|now| now.bytes_fetched = now.bytes, None), all);
+        let other = ", brought by another fetch on this node";
+        assert_eq!(end(|_| {}, Some(GIB)), other);
+        assert_eq!(end(|_| {}, Some(65 * GIB)), ", all of it was on the node");
+        // The last news are of before its end.
+        assert_eq!(end(|now| now.bytes_done = GIB, None), "");
     }
 }

@@ -67,7 +67,7 @@ describe! {
     "weightd_shared_failures_total" "counter" "reason: away, unwritable, damaged, write" "Times that the shared tier was left out, could not be written, held damaged bytes, did not take a segment";
     "weightd_leader" "gauge" "" "Of `weightd controller`: 1 while it is the one that does what only one may do";
     "weightd_admission_total" "counter" "outcome: injected, unchanged, warned, invalid" "Of `weightd controller`: pods that the webhook was asked about; warned are those whose author is told of a mistake";
-    "weightd_pending_fills_total" "counter" "outcome: filled, there, denied, failed, stopped" "Of `weightd controller`: models that pods without a node wait for";
+    "weightd_pending_fills_total" "counter" "outcome: filled, there, unshareable, denied, failed, stopped" "Of `weightd controller`: models that pods without a node wait for";
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -291,6 +291,23 @@ impl Metrics {
 
     /// A counter that is there from the start lets a rate see its first step.
     fn start_at_zero(&self) {
+        self.start_sources_at_zero();
+        self.start_cluster_at_zero();
+        for outcome in ["ok", "denied", "failed"] {
+            let _ = self.acquires.get_or_create(&OfOutcome { outcome });
+        }
+        for found in ["here", "waited"] {
+            let _ = self.volumes.get_or_create(&OfFound { found });
+            let _ = self.volume_bytes.get_or_create(&OfFound { found });
+        }
+        for reason in ["away", "unwritable", "damaged", "write"] {
+            let _ = self.shared_failures.get_or_create(&OfReason { reason });
+        }
+        self.evicted(0, 0);
+        self.verified(0, 0);
+    }
+
+    fn start_sources_at_zero(&self) {
         for source in [Scheme::Hf, Scheme::S3, Scheme::File] {
             self.fetched(source, 0);
             self.reused(source, 0);
@@ -316,13 +333,9 @@ impl Metrics {
                 });
             }
         }
-        for outcome in ["ok", "denied", "failed"] {
-            let _ = self.acquires.get_or_create(&OfOutcome { outcome });
-        }
-        for found in ["here", "waited"] {
-            let _ = self.volumes.get_or_create(&OfFound { found });
-            let _ = self.volume_bytes.get_or_create(&OfFound { found });
-        }
+    }
+
+    fn start_cluster_at_zero(&self) {
         for call in [
             "watch_node",
             "watch_prefetches",
@@ -340,17 +353,19 @@ impl Metrics {
         for taint in ["startup", "warming"] {
             self.tainted(taint, false);
         }
-        for reason in ["away", "unwritable", "damaged", "write"] {
-            let _ = self.shared_failures.get_or_create(&OfReason { reason });
-        }
         for outcome in ["injected", "unchanged", "warned", "invalid"] {
             let _ = self.admissions.get_or_create(&OfOutcome { outcome });
         }
-        for outcome in ["filled", "there", "denied", "failed", "stopped"] {
+        for outcome in [
+            "filled",
+            "there",
+            "unshareable",
+            "denied",
+            "failed",
+            "stopped",
+        ] {
             let _ = self.pending_fills.get_or_create(&OfOutcome { outcome });
         }
-        self.evicted(0, 0);
-        self.verified(0, 0);
     }
 
     pub(crate) fn shared_copied(&self, bytes: u64) {
@@ -384,7 +399,8 @@ impl Metrics {
         self.admissions.get_or_create(&OfOutcome { outcome }).inc();
     }
 
-    /// Counts a model that pods without a node wait for: `filled`, `there`, `denied`, `failed` or `stopped`.
+    /// Counts a model that pods without a node wait for: `filled`, `there`,
+    /// `unshareable`, `denied`, `failed` or `stopped`.
     pub fn pending_fill(&self, outcome: &'static str) {
         let outcome = OfOutcome { outcome };
         self.pending_fills.get_or_create(&outcome).inc();

@@ -31,6 +31,7 @@ section!(StoreSection {
     low_watermark_percent: u8 = 70,
     max_bytes: Option<Bytes> = None,
     keep_partial: Span = Span::hours(7 * 24),
+    selinux_label: Option<String> = None,
 });
 section!(FetchSection {
     connections: usize = FetchLimits::default().connections,

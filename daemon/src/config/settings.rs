@@ -26,6 +26,7 @@ settings! {
     "store.low_watermark_percent" = "70": "Evict until the file system is no fuller than this";
     "store.max_bytes" = "": "The most that the store may hold, such as \"1.5TiB\"; unset: as much as the watermarks allow";
     "store.keep_partial" = "\"168h\"": "Keep a partial download that nobody goes on with, and the request for a fetch that has not succeeded, for so long";
+    "store.selinux_label" = "": "SELinux label that the daemon gives to the store, so that pods may read it, such as \"system_u:object_r:container_file_t:s0\"; unset: what its directory has";
     "fetch.connections" = "64": "Ranged reads at once, of all fetches together";
     "fetch.memory" = "\"64MiB\"": "Bytes that may have arrived and not be written yet";
     "fetch.part" = "\"16MiB\"": "Bytes of one ranged read";

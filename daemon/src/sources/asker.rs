@@ -1,6 +1,7 @@
 //! Asking an origin on somebody's behalf: who they are to it, and what it lets them read.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use weightd_core::digest::Digest;
 use weightd_core::model::{ModelRef, Patterns, Revision, Scheme};
@@ -159,6 +160,16 @@ pub enum Inquiry {
 }
 
 impl Inquiry {
+    /// As [`Source::limited_for`].
+    #[must_use]
+    pub fn limited_for(&self) -> Option<Duration> {
+        match self {
+            Self::Hub(source) => source.limited_for(),
+            Self::S3(source) => source.limited_for(),
+            Self::Directory(source) => source.limited_for(),
+        }
+    }
+
     /// What the model's name stands for now.
     ///
     /// # Errors

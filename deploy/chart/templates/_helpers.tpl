@@ -41,14 +41,18 @@ app.kubernetes.io/component: {{ .component }}
 {{- join "/" $parts -}}
 {{- end }}
 
-{{/* An address that daemon and controller bind. */}}
+{{/* An address that daemon and controller bind: (dict "address" "::" "port" 80). */}}
 {{- define "weightd.listen" -}}
-{{- $address := .Values.metrics.address -}}
-{{- if contains ":" $address -}}[{{ $address }}]{{- else -}}{{ $address }}{{- end -}}:{{ .Values.metrics.port }}
+{{- if contains ":" .address -}}[{{ .address }}]{{- else -}}{{ .address }}{{- end -}}:{{ .port }}
 {{- end }}
 
-{{/* weightd.toml: what operators set, and what follows from other values. */}}
+{{/*
+weightd.toml: what operators set, and what follows from other values. Daemon and controller read the same, but for the
+section [controller], which is no reason to start daemons anew: (dict "root" $ "controller" true).
+*/}}
 {{- define "weightd.toml" -}}
+{{- $controller := .controller -}}
+{{- with .root -}}
 {{- $config := deepCopy .Values.config -}}
 {{- $derived := dict "root" "store.hostPath" "socket" "runDir" "metrics" "metrics" -}}
 {{- range $key, $value := $derived -}}
@@ -60,17 +64,29 @@ app.kubernetes.io/component: {{ .component }}
 {{- if hasKey (default dict $config.hf) "token_file" }}{{ fail "config.hf.token_file is derived: set the value hf.tokenSecret.name instead" }}{{ end -}}
 {{- $_ := set $config "root" .Values.store.hostPath -}}
 {{- $_ := set $config "socket" (printf "%s/weightd.sock" .Values.runDir) -}}
-{{- $_ := set $config "metrics" (dict "listen" (include "weightd.listen" .)) -}}
+{{- $_ := set $config "metrics" (dict "listen" (include "weightd.listen" .Values.metrics)) -}}
 {{- if .Values.shared.enabled -}}
 {{- $shared := dict "root" (include "weightd.sharedRoot" .) -}}
 {{- with .Values.shared.filesystem }}{{- $_ := set $shared "filesystem" . }}{{- end -}}
 {{- $_ := set $config "shared" (merge $shared (default dict $config.shared)) -}}
 {{- end -}}
+{{- if hasKey (default dict $config.store) "selinux_label" }}{{ fail "config.store.selinux_label is derived: set the values below `selinux` instead" }}{{ end -}}
+{{- if .Values.selinux.enabled -}}
+{{- $_ := set $config "store" (merge (dict "selinux_label" .Values.selinux.storeLabel) (default dict $config.store)) -}}
+{{- end -}}
 {{- if .Values.hf.tokenSecret.name -}}
 {{- $_ := set $config "hf" (merge (dict "token_file" "/etc/weightd-hf/token") (default dict $config.hf)) -}}
 {{- end -}}
-{{- if and .Values.controller.enabled (eq .Values.injection.mode "webhook") (eq .Values.injection.webhook.certificate "cert-manager") -}}
-{{- $_ := set $config "controller" (merge (dict "certificate_dir" "/etc/weightd-certificate") (default dict $config.controller)) -}}
+{{- range list "webhook" "service" "certificate_dir" -}}
+{{- if hasKey (default dict $config.controller) . }}{{ fail (printf "config.controller.%s is derived: set the values below `injection` instead" .) }}{{ end -}}
+{{- end -}}
+{{- if not $controller -}}
+{{- $_ := unset $config "controller" -}}
+{{- else if eq .Values.injection.mode "webhook" -}}
+{{- $port := .Values.injection.webhook.port -}}
+{{- $webhook := dict "webhook" (include "weightd.listen" (dict "address" .Values.metrics.address "port" $port)) "service" (printf "%s-webhook" (include "weightd.name" .)) -}}
+{{- if eq .Values.injection.webhook.certificate "cert-manager" }}{{- $_ := set $webhook "certificate_dir" "/etc/weightd-certificate" }}{{- end -}}
+{{- $_ := set $config "controller" (merge $webhook (default dict $config.controller)) -}}
 {{- end -}}
 {{- range $key, $value := $config }}
 {{- if not (or (kindIs "map" $value) (kindIs "invalid" $value)) }}
@@ -84,6 +100,7 @@ app.kubernetes.io/component: {{ .component }}
 {{- range $key, $value := $keys }}
 {{- if not (kindIs "invalid" $value) }}
 {{ include "weightd.tomlKey" $key }} = {{ include "weightd.tomlValue" $value }}
+{{- end }}
 {{- end }}
 {{- end }}
 {{- end }}

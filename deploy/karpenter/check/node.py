@@ -6,6 +6,7 @@ Run by check/run. Inside, /etc, /usr/local, /mnt and systemctl are ours; the res
 import hashlib
 import json
 import os
+import re
 import shutil
 import ssl
 import subprocess
@@ -124,6 +125,28 @@ def unit():
     print("check:", rated.stdout.strip().splitlines()[-1].strip("→ ") if rated.stdout else "")
 
 
+def members(name):
+    """The system calls of one of systemd's sets."""
+    found = set()
+    for line in run("systemd-analyze", "syscall-filter", name).stdout.splitlines()[1:]:
+        word = line.strip()
+        if word.startswith("@"):
+            found |= members(word)
+        elif word and not word.startswith("#"):
+            found.add(word)
+    return found
+
+
+def calls(trace):
+    """What the program asks the kernel for is what the unit allows."""
+    made = set(re.findall(r"^\d+\s+(?:<\.\.\. )?(\w+)(?:\(| resumed)", trace, re.MULTILINE))
+    allowed = members("@system-service") | members("@default")
+    filters = settings()["SystemCallFilter"]
+    check("the unit's filter is the one that is checked", filters == ["@system-service", "~@privileged"], filters)
+    check("system calls were seen", len(made) > 30, made)
+    check("no system call that the unit forbids", made <= allowed and not made & members("@privileged"), made - allowed)
+
+
 def work_of_unit(environment):
     """The unit's command, as root without capabilities: before the array is there, and with it."""
     (command,) = settings()["ExecStart"]
@@ -143,7 +166,11 @@ def work_of_unit(environment):
         check("without an array it ends well", soon.returncode == 0 and "no file system" in soon.stderr, soon)
         check("and writes nothing", not list(ARRAY.iterdir()), list(ARRAY.iterdir()))
         subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(ARRAY)], check=True)
-        done = run(*bare, *words, "--strict", "--output", "json", env=environment)
+        trace = Path(environment["WORK"]) / "trace"
+        traced = ["strace", "-f", "-qq", "-o", trace] if shutil.which("strace") else []
+        done = run(*bare, *traced, *words, "--strict", "--output", "json", env=environment)
+        if traced:
+            calls(trace.read_text())
         check("with it, it fetches", done.returncode == 0, done)
         if done.returncode == 0:
             ready = json.loads(done.stdout)

@@ -62,6 +62,29 @@ pub struct Progress {
     pub wait: Option<Wait>,
 }
 
+impl Progress {
+    /// Of what has not begun yet.
+    #[must_use]
+    pub fn of(model: ModelRef) -> Self {
+        Self {
+            model,
+            snapshot: None,
+            phase: Phase::Resolving,
+            files: 0,
+            files_done: 0,
+            bytes: 0,
+            bytes_done: 0,
+            bytes_fetched: 0,
+            bytes_shared: 0,
+            bytes_per_second: 0.0,
+            bytes_per_second_shared: 0.0,
+            eta: None,
+            elapsed: Duration::ZERO,
+            wait: None,
+        }
+    }
+}
+
 /// The counters of one fetch.
 pub(super) struct Meter {
     begun: Instant,
@@ -125,22 +148,7 @@ impl Rates {
 impl Meter {
     pub(super) fn new(model: ModelRef) -> Self {
         let begun = Instant::now();
-        let (shown, _) = watch::channel(Progress {
-            model,
-            snapshot: None,
-            phase: Phase::Resolving,
-            files: 0,
-            files_done: 0,
-            bytes: 0,
-            bytes_done: 0,
-            bytes_fetched: 0,
-            bytes_shared: 0,
-            bytes_per_second: 0.0,
-            bytes_per_second_shared: 0.0,
-            eta: None,
-            elapsed: Duration::ZERO,
-            wait: None,
-        });
+        let (shown, _) = watch::channel(Progress::of(model));
         Self {
             begun,
             shown,

@@ -26,16 +26,17 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 the daemon cannot be reached.";
 
 const BOOTSTRAP: &str = "\
 Examples:
-  weightctl --root /mnt/k8s-disks/0/weightd bootstrap --wait-for /mnt/k8s-disks/0 --file /etc/weightd/prefetch
+  weightctl --root /data/weightd bootstrap --wait-for /data --file /etc/weightd/prefetch
   weightctl --root /var/lib/weightd bootstrap --from user-data,tags
   weightctl --root /var/lib/weightd bootstrap --file models --stage --strict
 
-A list is text, models between white space or commas and comments after #; or TOML, tables [[prefetch]] with
-model, include, exclude and pin as in the daemon's configuration.
+A list is text: models between white space or commas, comments after #. Or it is TOML: tables
+[[prefetch]] with model, include, exclude and pin, as in the daemon's configuration.
 
-In EC2 user data it is a MIME part of the type text/x-weightd-prefetch, or stands in any script between the lines
-`# BEGIN weightd prefetch` and `# END weightd prefetch`. Tags are weightd.prefetch and weightd.prefetch.<anything>;
-the instance must show its tags in its metadata. Only version 2 of the metadata service is used.
+In EC2 user data a list is a MIME part of the type text/x-weightd-prefetch, or stands in a script
+between the lines `# BEGIN weightd prefetch` and `# END weightd prefetch`. Tags that hold models
+are weightd.prefetch and weightd.prefetch.<anything>, if the instance shows its tags in its
+metadata. Only version 2 of the metadata service is used.
 
 JSON: one object a line for each model, with state ready, failed or staged.";
 

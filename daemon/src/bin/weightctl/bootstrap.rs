@@ -251,34 +251,30 @@ async fn find_list(args: &BootstrapArgs) -> List {
         chosen => chosen.to_vec(),
     };
     let mut all = List::default();
-    let mut client = None;
+    let client = imds::Imds::new();
+    let mut away = false;
     for origin in origins {
-        let (name, found) = match origin {
+        let (name, asked) = match origin {
             Origin::File => {
                 let path = args.file.clone().unwrap_or_default();
-                (format!("the file {}", path.display()), list::read(&path))
+                (
+                    format!("the file {}", path.display()),
+                    Ok(list::read(&path)),
+                )
             }
-            Origin::UserData | Origin::Tags => {
-                let client = client.get_or_insert_with(imds::Imds::new);
-                let (name, asked) = match origin {
-                    Origin::Tags => ("the instance's tags", client.tags().await),
-                    _ => ("the user data", client.user_data().await),
-                };
-                let unanswered = asked.as_ref().is_err_and(|error| error.away);
-                let found = asked.unwrap_or_else(|error| List::problem(error.text));
-                if unanswered {
-                    all.problems.extend(found.problems);
-                    return all;
-                }
-                (name.to_owned(), found)
-            }
+            // What did not answer one question will not answer the next.
+            _ if away => continue,
+            Origin::UserData => ("the user data".to_owned(), client.user_data().await),
+            Origin::Tags => ("the instance's tags".to_owned(), client.tags().await),
         };
+        away |= asked.as_ref().is_err_and(|error| error.away);
+        let found = asked.unwrap_or_else(|error| List::problem(error.text));
         all.problems.extend(found.problems);
         if !found.requests.is_empty() {
             let models = output::count(found.requests.len() as u64, "model");
             output::note(&format!("{name}: {models}"));
             all.requests = found.requests;
-            return all;
+            break;
         }
     }
     all

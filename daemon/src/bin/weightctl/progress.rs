@@ -113,6 +113,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_a_fetch_waits_for_has_its_end_if_that_is_known() {
+        let mut wait = Wait {
+            detail: "the origin's rate limit".to_owned(),
+            ..Wait::default()
+        };
+        assert_eq!(waiting(&wait), "waiting for the origin's rate limit");
+        wait.until = Some(jiff::Timestamp::now().as_second() + 7200);
+        let text = waiting(&wait);
+        let start = "waiting for the origin's rate limit, for ";
+        assert!(text.starts_with(start) && text.ends_with(" more"), "{text}");
+        wait.until = Some(0);
+        assert_eq!(waiting(&wait), "waiting for the origin's rate limit");
+    }
+
+    #[test]
     fn only_what_is_resolved_is_shortened() {
         let commit = "0e9e39f249a16976918f6564b8830bc894c89659";
         assert_eq!(

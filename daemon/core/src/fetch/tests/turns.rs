@@ -69,6 +69,36 @@ async fn fetches_that_follow_the_bytes_of_others_keep_none_from_its_files() {
     stalled.shutdown(Duration::from_secs(5)).await;
 }
 
+#[tokio::test]
+async fn a_fetch_says_what_it_waits_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::new(&[("a.bin", content(50_000)), ("b.bin", content(40_000))]);
+    *origin.faults.lock().unwrap() = vec![Fault::Stall(0); 16];
+    let limits = FetchLimits {
+        connections: 1,
+        ..one_file_at_a_time()
+    };
+    let stalled = fetcher_with(dir.path(), &origin, limits);
+    let silent = stalled.fetch(request(&["a.bin"])).progress();
+    until("it is read", || !origin.reads.lock().unwrap().is_empty()).await;
+    // The only connection is taken, and as in another process the same bytes are.
+    let turn = stalled.fetch(request(&["b.bin"])).progress();
+    let fetcher = fetcher_with(dir.path(), &origin, one_file_at_a_time());
+    let others = fetcher.fetch(request(&["a.bin"])).progress();
+
+    let waits = |progress: &watch::Receiver<Progress>| progress.borrow().wait.clone();
+    until("one waits for bytes", || {
+        waits(&silent) == Some(Wait::Silence)
+    })
+    .await;
+    until("one for its turn", || waits(&turn) == Some(Wait::Turn)).await;
+    until("one for others", || waits(&others) == Some(Wait::Others)).await;
+
+    fetcher.shutdown(Duration::from_secs(5)).await;
+    stalled.shutdown(Duration::from_secs(5)).await;
+    assert_eq!(waits(&silent).unwrap().until(), None);
+}
+
 /// A fetch that has brought `a.json` and meets these faults at `b.bin`, and another request for the same
 /// snapshot, once that sees the file.
 async fn two_requests_for_one_snapshot(

@@ -106,11 +106,16 @@ fn explain(path: &str, error: &ImdsError) -> Unheard {
     const NO_TOKEN: &str = "only version 2 of the service is used: it must answer PUT /latest/api/token; look at \
         `metadataOptions` of the node class (`httpEndpoint: enabled`), or give the list with --file";
     const BINARY: &str = "user data that is compressed or binary is not read: put the list into a file, and give it with --file";
+    // Also of an answer that takes more hops than allowed: it is dropped on its way.
+    let silent = match error {
+        ImdsError::FailedToLoadToken(token) => {
+            token.is_dispatch_failure() || Chain(error).to_string().contains("timed out")
+        }
+        error => matches!(error, ImdsError::IoError(_)),
+    };
     let (hint, away) = match error {
-        ImdsError::FailedToLoadToken(token) if token.is_dispatch_failure() => (AWAY, true),
+        _ if silent => (AWAY, true),
         ImdsError::FailedToLoadToken(_) => (NO_TOKEN, true),
-        // An answer that more hops than allowed would bring is dropped on its way.
-        ImdsError::IoError(_) => (AWAY, true),
         ImdsError::ErrorResponse(_) => {
             ("it may be overloaded; or give the list with --file", false)
         }

@@ -1,5 +1,6 @@
-// registrar tells kubelet of a CSI plugin, as node-driver-registrar does, which is in no public module
-// proxy that every builder reaches. It takes the same options.
+// sidecar does the work of node-driver-registrar, or with --health-port that of livenessprobe, with the same
+// options: it tells kubelet of a CSI plugin, or answers whether the plugin is well. The real ones come as images
+// from a registry, which the tests do without.
 package main
 
 import (
@@ -7,8 +8,10 @@ import (
 	"flag"
 	"log"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
+	"strconv"
 	"time"
 
 	csi "github.com/container-storage-interface/spec/lib/go/csi"
@@ -20,6 +23,8 @@ import (
 var (
 	address  = flag.String("csi-address", "/run/csi/socket", "the plugin's socket, as it is seen here")
 	endpoint = flag.String("kubelet-registration-path", "", "the plugin's socket, as kubelet sees it")
+	health   = flag.Int("health-port", 0, "answer /healthz on this port, in place of registering")
+	patience = flag.Duration("probe-timeout", time.Second, "how long a probe may take")
 	folder   = flag.String("plugin-registration-path", "/registration", "where kubelet looks for plugins")
 )
 
@@ -49,16 +54,10 @@ func (s server) NotifyRegistrationStatus(
 }
 
 // driver asks the plugin for its name, until it answers.
-func driver() string {
-	connection, err := grpc.NewClient("unix:"+*address,
-		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithAuthority("localhost"))
-	if err != nil {
-		log.Fatalf("cannot use %s: %v", *address, err)
-	}
-	defer connection.Close()
+func driver(plugin csi.IdentityClient) string {
 	for {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
-		info, err := csi.NewIdentityClient(connection).GetPluginInfo(ctx, &csi.GetPluginInfoRequest{})
+		info, err := plugin.GetPluginInfo(ctx, &csi.GetPluginInfoRequest{})
 		cancel()
 		if err == nil {
 			return info.GetName()
@@ -68,13 +67,8 @@ func driver() string {
 	}
 }
 
-func main() {
-	// The real one's options for its log.
-	flag.Int("v", 0, "ignored")
-	flag.Duration("timeout", 0, "ignored")
-	flag.String("http-endpoint", "", "ignored")
-	flag.Parse()
-	name := driver()
+func register(plugin csi.IdentityClient) {
+	name := driver(plugin)
 	socket := filepath.Join(*folder, name+"-reg.sock")
 	os.Remove(socket)
 	listener, err := net.Listen("unix", socket)
@@ -84,4 +78,30 @@ func main() {
 	serving := grpc.NewServer()
 	registration.RegisterRegistrationServer(serving, server{driver: name})
 	log.Fatal(serving.Serve(listener))
+}
+
+func answerHealth(plugin csi.IdentityClient) {
+	http.HandleFunc("/healthz", func(answer http.ResponseWriter, request *http.Request) {
+		ctx, cancel := context.WithTimeout(request.Context(), *patience)
+		defer cancel()
+		probed, err := plugin.Probe(ctx, &csi.ProbeRequest{})
+		if err != nil || probed.GetReady() != nil && !probed.GetReady().GetValue() {
+			http.Error(answer, "not ready", http.StatusInternalServerError)
+		}
+	})
+	log.Fatal(http.ListenAndServe(":"+strconv.Itoa(*health), nil))
+}
+
+func main() {
+	flag.Parse()
+	connection, err := grpc.NewClient("unix:"+*address,
+		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithAuthority("localhost"))
+	if err != nil {
+		log.Fatalf("cannot use %s: %v", *address, err)
+	}
+	plugin := csi.NewIdentityClient(connection)
+	if *health != 0 {
+		answerHealth(plugin)
+	}
+	register(plugin)
 }
