@@ -366,3 +366,59 @@ impl Warm {
             && sensible.all(|entry| entry.phase == NodePhase::Ready)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use kube::{Client, Config};
+    use weightd_core::model::ModelRef;
+    use weightd_core::source::{Source, SourceError, Sources};
+    use weightd_core::store::StoreLimits;
+
+    use super::*;
+
+    struct Nothing;
+
+    impl Sources for Nothing {
+        fn open(&self, model: &ModelRef) -> Result<Arc<dyn Source>, SourceError> {
+            unreachable!("{model}")
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_known_only_since_it_was_heard_does_not_look_like_nothing_to_be_kept() {
+        let home = tempfile::tempdir().unwrap();
+        let store = Store::open(home.path(), StoreLimits::default()).unwrap();
+        let metrics = Arc::<Metrics>::default();
+        let fetcher = Fetcher::new(
+            store,
+            Arc::new(Nothing),
+            Default::default(),
+            metrics.clone(),
+        );
+        let config = Config::new("http://127.0.0.1:1".parse().unwrap());
+        let client = Client::try_from(config).unwrap();
+        let node = ThisNode::new(client, "node", metrics.clone());
+        let (nodes, objects) = (watch::Sender::default(), watch::Sender::default());
+        let said = Said {
+            config: Vec::new(),
+            node: nodes.subscribe(),
+            objects: objects.subscribe(),
+            cluster: true,
+        };
+        let mut warm = Warm::new(fetcher, metrics, Some(node), said, watch::Sender::default());
+
+        warm.hear().await;
+        let view = NodeView {
+            prefetch: Some("hf://org/model".to_owned()),
+            ..NodeView::default()
+        };
+        nodes.send_replace(Seen::These([("node".to_owned(), view)].into()));
+        objects.send_replace(Seen::These(BTreeMap::new()));
+
+        assert!(!warm.is_warm() && !warm.heard.known.node);
+        warm.hear().await;
+        assert!(!warm.is_warm() && warm.entries.len() == 1);
+    }
+}
