@@ -72,7 +72,7 @@ class Api:
             except ValueError:
                 status = {"message": answer.data.decode(errors="replace")}
             raise Refused(answer.status, status.get("reason"), status.get("message"))
-        return json.loads(answer.data) if answer.data[:1] in b"{[" else answer.data.decode()
+        return json.loads(answer.data) if answer.data[:1] in (b"{", b"[") else answer.data.decode()
 
     def get(self, path, **query):
         return self.call("GET", path, **query)
