@@ -19,6 +19,10 @@ e2e-outside:
 cluster *arguments:
     tests/cluster/run {{ arguments }}
 
+# Chart, manifests, alerts and dashboard: `UPDATE=1 just deploy` makes the manifests anew
+deploy:
+    deploy/check/run
+
 # Several hosts on one machine, as root: `just hosts eight killed --rate 25`
 hosts *arguments:
     cargo build -p weightd -p weightd-standin

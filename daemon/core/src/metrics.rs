@@ -291,6 +291,23 @@ impl Metrics {
 
     /// A counter that is there from the start lets a rate see its first step.
     fn start_at_zero(&self) {
+        self.start_sources_at_zero();
+        self.start_cluster_at_zero();
+        for outcome in ["ok", "denied", "failed"] {
+            let _ = self.acquires.get_or_create(&OfOutcome { outcome });
+        }
+        for found in ["here", "waited"] {
+            let _ = self.volumes.get_or_create(&OfFound { found });
+            let _ = self.volume_bytes.get_or_create(&OfFound { found });
+        }
+        for reason in ["away", "unwritable", "damaged", "write"] {
+            let _ = self.shared_failures.get_or_create(&OfReason { reason });
+        }
+        self.evicted(0, 0);
+        self.verified(0, 0);
+    }
+
+    fn start_sources_at_zero(&self) {
         for source in [Scheme::Hf, Scheme::S3, Scheme::File] {
             self.fetched(source, 0);
             self.reused(source, 0);
@@ -316,13 +333,9 @@ impl Metrics {
                 });
             }
         }
-        for outcome in ["ok", "denied", "failed"] {
-            let _ = self.acquires.get_or_create(&OfOutcome { outcome });
-        }
-        for found in ["here", "waited"] {
-            let _ = self.volumes.get_or_create(&OfFound { found });
-            let _ = self.volume_bytes.get_or_create(&OfFound { found });
-        }
+    }
+
+    fn start_cluster_at_zero(&self) {
         for call in [
             "watch_node",
             "watch_prefetches",
@@ -340,17 +353,19 @@ impl Metrics {
         for taint in ["startup", "warming"] {
             self.tainted(taint, false);
         }
-        for reason in ["away", "unwritable", "damaged", "write"] {
-            let _ = self.shared_failures.get_or_create(&OfReason { reason });
-        }
         for outcome in ["injected", "unchanged", "warned", "invalid"] {
             let _ = self.admissions.get_or_create(&OfOutcome { outcome });
         }
-        for outcome in ["filled", "there", "unshareable", "denied", "failed", "stopped"] {
+        for outcome in [
+            "filled",
+            "there",
+            "unshareable",
+            "denied",
+            "failed",
+            "stopped",
+        ] {
             let _ = self.pending_fills.get_or_create(&OfOutcome { outcome });
         }
-        self.evicted(0, 0);
-        self.verified(0, 0);
     }
 
     pub(crate) fn shared_copied(&self, bytes: u64) {

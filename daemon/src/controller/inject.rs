@@ -230,7 +230,9 @@ fn name_cache(container: &mut Map<String, Value>, path: &str) -> Option<()> {
 
 /// Prefers nodes that have the model; at the pinned commit, if there is one.
 fn prefer_nodes(spec: &mut Map<String, Value>, wanted: &Wanted<'_>) -> Option<()> {
-    let Some(model) = &wanted.reference else {
+    // A directory of a node's own disk is no cached model.
+    let model = wanted.reference.as_ref();
+    let Some(model) = model.filter(|model| model.scheme() != Scheme::File) else {
         return Some(());
     };
     let Some(key) = placement::label_key(model) else {

@@ -8,8 +8,8 @@ use std::time::Duration;
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::Node;
 use kube::api::{Api, Patch, PatchParams};
-use kube::runtime::watcher::{self, Event, metadata_watcher, watcher};
 use kube::runtime::WatchStreamExt;
+use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Client, ResourceExt};
 use serde_json::{Value, json};
 use tokio::time::{Instant, interval, timeout};
@@ -35,6 +35,9 @@ const PAGE: u32 = 10;
 /// How long a write may take.
 const PATIENCE: Duration = Duration::from_secs(15);
 
+/// Nothing but a Node's metadata is asked for.
+type Name = kube::core::PartialObjectMeta<Node>;
+
 /// What is kept of an object.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct Told {
@@ -50,7 +53,13 @@ struct Told {
 impl Told {
     fn of(object: &ModelPrefetch) -> Self {
         let status = object.status.clone().unwrap_or_default();
-        let count = |phase| status.nodes.iter().filter(|node| node.phase == phase).count();
+        let count = |phase| {
+            status
+                .nodes
+                .iter()
+                .filter(|node| node.phase == phase)
+                .count()
+        };
         Self {
             uid: object.uid().unwrap_or_default(),
             version: object.resource_version().unwrap_or_default(),
@@ -74,7 +83,7 @@ impl Told {
 /// What the streams say.
 enum News {
     Object(Box<Event<ModelPrefetch>>),
-    Node(Box<Event<kube::core::PartialObjectMeta<Node>>>),
+    Node(Box<Event<Name>>),
 }
 
 /// What is known of objects and nodes.
@@ -107,7 +116,8 @@ impl Board {
             News::Object(event) => match *event {
                 Event::Init => self.listed_objects.clear(),
                 Event::InitApply(object) => {
-                    self.listed_objects.insert(object.name_any(), Told::of(&object));
+                    self.listed_objects
+                        .insert(object.name_any(), Told::of(&object));
                 }
                 Event::InitDone => self.objects = std::mem::take(&mut self.listed_objects),
                 Event::Apply(object) => {
@@ -166,17 +176,22 @@ impl Board {
         for node in absent {
             self.missing.entry(node.clone()).or_insert(now);
         }
-        let long = self.missing.iter().filter(|(_, since)| **since + GONE <= now);
+        let long = self
+            .missing
+            .iter()
+            .filter(|(_, since)| **since + GONE <= now);
         long.map(|(node, _)| node.clone()).collect()
     }
 }
 
 /// Takes away the entries of nodes that are gone, if the object is as it was seen.
 fn prune(told: &Told, gone: &BTreeSet<String>) -> Value {
-    let version = json!({ "op": "test", "path": "/metadata/resourceVersion", "value": told.version });
+    let version =
+        json!({ "op": "test", "path": "/metadata/resourceVersion", "value": told.version });
     let entries = told.nodes.iter().enumerate().rev();
     let old = entries.filter(|(_, node)| gone.contains(*node));
-    let steps = old.map(|(index, _)| json!({ "op": "remove", "path": format!("/status/nodes/{index}") }));
+    let steps =
+        old.map(|(index, _)| json!({ "op": "remove", "path": format!("/status/nodes/{index}") }));
     [version].into_iter().chain(steps).collect()
 }
 
@@ -184,9 +199,13 @@ fn prune(told: &Told, gone: &BTreeSet<String>) -> Value {
 pub(super) async fn run(client: Client) {
     let objects: Api<ModelPrefetch> = Api::all(client.clone());
     let of_objects = watcher(objects.clone(), watcher::Config::default().page_size(PAGE));
-    let of_objects = of_objects.default_backoff().map(|one| one.map(Box::new).map(News::Object));
-    let of_nodes = metadata_watcher(Api::<Node>::all(client), watcher::Config::default());
-    let of_nodes = of_nodes.default_backoff().map(|one| one.map(Box::new).map(News::Node));
+    let of_objects = of_objects
+        .default_backoff()
+        .map(|one| one.map(Box::new).map(News::Object));
+    let of_nodes = watcher(Api::<Name>::all(client), watcher::Config::default());
+    let of_nodes = of_nodes
+        .default_backoff()
+        .map(|one| one.map(Box::new).map(News::Node));
     let mut news = futures::stream::select(of_objects.boxed(), of_nodes.boxed());
     let mut board = Board::default();
     let (mut looks, mut told) = (interval(LOOK), String::new());
@@ -218,7 +237,11 @@ async fn write(objects: &Api<ModelPrefetch>, board: &Board, step: Step) {
                 "metadata": { "name": name, "uid": board.objects[&name].uid },
                 "status": { "summary": line },
             });
-            (name, Patch::Apply(object), PatchParams::apply(MANAGER).force())
+            (
+                name,
+                Patch::Apply(object),
+                PatchParams::apply(MANAGER).force(),
+            )
         }
         Step::Prune(name, steps) => {
             tracing::info!(object = name, "entries of nodes that are gone are removed");
@@ -239,7 +262,10 @@ async fn write(objects: &Api<ModelPrefetch>, board: &Board, step: Step) {
             let error = Cause::from(error);
             tracing::warn!(object = name, %error, "status of a ModelPrefetch not written, trying again");
         }
-        Err(_) => tracing::warn!(object = name, "status of a ModelPrefetch not written in time, trying again"),
+        Err(_) => tracing::warn!(
+            object = name,
+            "status of a ModelPrefetch not written in time, trying again"
+        ),
     }
 }
 
@@ -256,10 +282,12 @@ mod tests {
             "spec": { "source": "hf://org/model" },
             "status": { "summary": summary, "nodes": nodes },
         });
-        News::Object(Box::new(Event::Apply(serde_json::from_value(object).unwrap())))
+        News::Object(Box::new(Event::Apply(
+            serde_json::from_value(object).unwrap(),
+        )))
     }
 
-    fn node(name: &str) -> kube::core::PartialObjectMeta<Node> {
+    fn node(name: &str) -> Name {
         serde_json::from_value(json!({ "metadata": { "name": name } })).unwrap()
     }
 
@@ -278,7 +306,10 @@ mod tests {
         for (entries, line) in [
             (&[][..], "no node yet"),
             (&[("a", "Ready"), ("b", "Fetching")], "1/2 ready"),
-            (&[("a", "Ready"), ("b", "Failed"), ("c", "Pending")], "1/3 ready, 1 failed"),
+            (
+                &[("a", "Ready"), ("b", "Failed"), ("c", "Pending")],
+                "1/3 ready, 1 failed",
+            ),
         ] {
             board.written.clear();
             board.hear(object("1", None, entries));
@@ -296,7 +327,11 @@ mod tests {
         let now = Instant::now();
         board.hear(object("1", None, &[("a", "Ready")]));
         assert_eq!(board.steps(now).len(), 1);
-        board.hear(object("2", Some("1/1 ready"), &[("a", "Ready"), ("b", "Ready")]));
+        board.hear(object(
+            "2",
+            Some("1/1 ready"),
+            &[("a", "Ready"), ("b", "Ready")],
+        ));
         assert_eq!(board.steps(now + REST / 2), []);
         assert_eq!(board.steps(now + REST).len(), 1);
     }

@@ -333,6 +333,41 @@ async fn a_taint_that_comes_again_goes_again_and_a_conflict_is_no_trouble() {
 }
 
 #[tokio::test]
+async fn a_node_that_does_not_get_ready_loses_its_taints_all_the_same() {
+    let (home, server) = (tempfile::tempdir().unwrap(), Server::start().await);
+    let mut old = node(
+        "hf://org/slow",
+        &["csi.weightd.io/agent-not-ready", WARMING],
+    );
+    old["metadata"]["creationTimestamp"] = json!("2026-01-01T00:00:00Z");
+    server.put(NODES, old);
+    server.refuse("csinodes", 403, usize::MAX);
+
+    let daemon = Daemon::start(&home, &server, |_| ());
+
+    becomes(Vec::<String>::new(), || taints(&server)).await;
+    daemon.end().await;
+}
+
+#[tokio::test]
+async fn a_node_works_on_what_is_most_wanted_and_the_rest_waits_its_turn() {
+    let (home, server) = (tempfile::tempdir().unwrap(), Server::start().await);
+    server.put(NODES, node("", &[]));
+    for (name, model, priority) in [("a", "a", -1), ("b", "slow", 5), ("c", "slow", 9)] {
+        let spec = json!({ "source": format!("hf://org/{model}"), "priority": priority });
+        server.put(OBJECTS, object(name, spec));
+    }
+
+    let daemon = Daemon::start(&home, &server, |_| ());
+
+    becomes("Pending".to_owned(), || phase(&server, "a")).await;
+    assert!(daemon.held().is_empty(), "{:?}", daemon.held());
+    server.delete(OBJECTS, "c");
+    becomes("Ready".to_owned(), || phase(&server, "a")).await;
+    daemon.end().await;
+}
+
+#[tokio::test]
 async fn a_model_that_cannot_be_had_says_why_and_holds_up_neither_others_nor_pods() {
     let (home, server) = (tempfile::tempdir().unwrap(), Server::start().await);
     server.put(NODES, node("", &[WARMING]));

@@ -111,10 +111,7 @@ impl Warm {
             self.start_due();
             self.look().await;
             self.tell();
-            let at_rest = self.entries.values().all(|entry| entry.due.is_none());
-            let at_rest = at_rest && self.fetches.is_empty();
-            let told = self.teller.as_ref().is_none_or(Teller::is_idle);
-            let pause = if at_rest && told { LOOK_AT_REST } else { LOOK };
+            let pause = self.pause();
             tokio::select! {
                 Ok(()) = self.said.node.changed() => {}
                 Ok(()) = self.said.objects.changed() => {}
@@ -123,6 +120,17 @@ impl Warm {
                 () = sleep(pause) => {}
             }
         }
+    }
+
+    /// How long nothing is to be done, unless something is said or ends.
+    fn pause(&self) -> Duration {
+        let told = self.teller.as_ref().is_none_or(Teller::is_idle);
+        if !told || !self.fetches.is_empty() {
+            return LOOK;
+        }
+        let due = self.entries.values().filter_map(|entry| entry.due).min();
+        let until_due = due.map(|due| due.saturating_duration_since(Instant::now()));
+        until_due.map_or(LOOK_AT_REST, |pause| pause.clamp(LOOK, LOOK_AT_REST))
     }
 
     fn store(&self) -> &Arc<Store> {

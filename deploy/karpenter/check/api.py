@@ -66,10 +66,13 @@ class Server:
         self.work, self.running = work, []
 
     def __enter__(self):
-        for command in self.commands:
-            name = Path(command[0]).name
-            log = (self.work / f"{name}.log").open("w")
-            self.running.append(subprocess.Popen([str(word) for word in command], stdout=log, stderr=log))
+        try:
+            for command in self.commands:
+                log = (self.work / f"{Path(command[0]).name}.log").open("w")
+                self.running.append(subprocess.Popen([str(word) for word in command], stdout=log, stderr=log))
+        except OSError:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_):
@@ -153,7 +156,8 @@ def try_all(server):
 
 def main():
     program, *directories = sys.argv[1:]
-    if not program or not shutil.which("etcd"):
+    program = program or "kube-apiserver"
+    if not shutil.which(program) or not shutil.which("etcd"):
         print("check: the API server: SKIPPED, no kube-apiserver (tests/cluster/run builds it) or no etcd")
         return
     with tempfile.TemporaryDirectory() as work, Server(program, Path(work)) as server:
