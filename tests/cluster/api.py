@@ -72,7 +72,10 @@ class Api:
             except ValueError:
                 status = {"message": answer.data.decode(errors="replace")}
             raise Refused(answer.status, status.get("reason"), status.get("message"))
-        return json.loads(answer.data) if answer.data[:1] in (b"{", b"[") else answer.data.decode()
+        text = answer.data.decode()
+        if "watch=true" in query:
+            return [json.loads(line) for line in text.splitlines()]
+        return json.loads(text) if text.startswith("{") else text
 
     def get(self, path, **query):
         return self.call("GET", path, **query)

@@ -80,6 +80,11 @@ class Cluster:
             if path not in paths and thing["kind"] != "CustomResourceDefinition":
                 self.plane.admin.delete(path)
 
+    def tidy(self):
+        """Removes the pods that a test has left: the next one's kubelet would start them."""
+        self.plane.namespace("team-a")
+        self.plane.admin.delete("/api/v1/namespaces/team-a/pods", seconds=0)
+
     def apply(self, thing):
         name = f"{thing['kind']} {thing['metadata']['name']}"
         # Helm puts these into the release's namespace by itself.
@@ -152,6 +157,7 @@ def main():
             for name in arguments.names or TESTS:
                 started = time.monotonic()
                 importlib.import_module(name).run(cluster, checks)
+                cluster.tidy()
                 print(f"-- {name}: {time.monotonic() - started:.1f} s", flush=True)
     finally:
         end_all()

@@ -187,11 +187,18 @@ class Machine(Processes):
 
         eventually("kubelet registers the node", ready, seconds=90, pause=0.2)
 
+    def log_folder(self, pod, container):
+        about = pod["metadata"]
+        return self.logs / f"{about['namespace']}_{about['name']}_{about['uid']}" / container
+
+    def container_made(self, pod, container="main"):
+        """When its log was made, which is when it was."""
+        return self.log_folder(pod, container).stat().st_mtime
+
     def output(self, pod, container="main"):
         """The lines that a container of a pod has printed."""
-        about = pod["metadata"]
-        folder = self.logs / f"{about['namespace']}_{about['name']}_{about['uid']}"
-        lines = [line for file in sorted(folder.glob(f"{container}/*.log")) for line in file.read_text().splitlines()]
+        folder = self.log_folder(pod, container)
+        lines = [line for file in sorted(folder.glob("*.log")) for line in file.read_text().splitlines()]
         # <time> <stream> <F or P> <text>
         return [line.split(" ", 3)[3] for line in lines]
 
