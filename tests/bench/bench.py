@@ -31,6 +31,7 @@ def arguments():
     parser.add_argument("--json", type=Path, help="write all figures there")
     parser.add_argument("--binaries", type=Path, help="directory of our binaries (default: build a release)")
     parser.add_argument("--no-fill", dest="fill", action="store_false", help="leave free memory as it is before a run")
+    parser.add_argument("--profile", action="store_true", help="of each download case, also where the CPU goes (perf)")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a bound is missed")
     options = parser.parse_args()
     unknown = set(options.cases) - set(CASES)

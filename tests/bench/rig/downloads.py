@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import contenders, measure
+from . import contenders, measure, profile
 from .origin import BUCKET, Origin
 
 SMALL_FILES = 5000
@@ -131,6 +131,22 @@ def ceilings(rig, case, origin, total):
     }
 
 
+def profiled(rig, competing, origin, total):
+    """Where the processor time of each contender goes that is a program of its own."""
+    texts = {}
+    for contender in competing:
+        measure.settle(rig.work, rig.options.fill)
+        rig.out.mkdir()
+        environment = rig.environment(origin.environment(), contender.environment)
+        job = contenders.Job(rig.out, rig.home, environment, origin.urls(), rig.tools)
+        try:
+            samples = profile.record(contender.command(job), environment, rig.work)
+            texts[contender.name] = profile.summarise(samples, total / measure.GIGABYTE)
+        finally:
+            rig.clear()
+    return texts
+
+
 def chosen(rig, case):
     """Contenders of a case, those that were asked for."""
     wanted = rig.options.contenders
@@ -164,10 +180,12 @@ def run(rig, case):
                     f" + {figures['sync_seconds']:.2f} s, {figures['cpu_seconds_per_gigabyte']:.2f} CPU s/GB,"
                     f" {figures['peak_rss_mebibytes']:.0f} MiB, {figures['resident']:.0%} in memory"
                 )
+        profiles = profiled(rig, competing, origin, total) if rig.options.profile else None
     return {
         "what": case.what,
         "bytes": total,
         "files": len(expected),
+        "profile": profiles,
         "verifies": [each.name for each in competing if each.verifies],
         "runs": {name: figures for name, figures in runs.items() if figures},
         "failed": failed,

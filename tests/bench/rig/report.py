@@ -195,6 +195,7 @@ def text(result):
     for name, case in result["cases"].items():
         size = f", {case['bytes'] / 1e9:.2f} GB" if "bytes" in case else ""
         parts.append(f"{name}: {case['what']}{size}\n\n{tables.get(name, download_table)(case)}")
+        parts += [f"{name}, profile of {who}:\n{profile}" for who, profile in (case.get("profile") or {}).items()]
         parts += [f"{contender} is out: {error}" for contender, error in case.get("failed", {}).items()]
     measured = [case for case in result["cases"].values() if case.get("ceilings")]
     if measured:
