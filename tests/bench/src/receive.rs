@@ -86,20 +86,15 @@ impl Connection {
 /// Reads all of `urls` in ranges of `part` bytes over `connections`.
 pub(crate) fn measure(urls: &[String], connections: usize, part: u64) -> Result<Value> {
     let parts = Mutex::new(split(urls, part)?);
-    let bytes: u64 = parts
-        .lock()
-        .map_err(|_| anyhow!("nobody holds it yet"))?
-        .iter()
-        .map(|part| part.last - part.first + 1)
-        .sum();
     let begun = Instant::now();
-    std::thread::scope(|scope| {
+    let bytes = std::thread::scope(|scope| {
         let readers: Vec<_> = (0..connections.max(1))
             .map(|_| scope.spawn(|| read(&parts)))
             .collect();
-        readers
+        let read = readers
             .into_iter()
-            .try_for_each(|reader| reader.join().expect("it does not panic"))
+            .map(|reader| reader.join().expect("it does not panic"));
+        read.sum::<Result<u64>>()
     })?;
     let seconds = begun.elapsed().as_secs_f64();
     Ok(json!({
@@ -130,21 +125,74 @@ fn split(urls: &[String], part: u64) -> Result<Vec<Part>> {
     Ok(parts)
 }
 
-fn read(parts: &Mutex<Vec<Part>>) -> Result<()> {
+/// Reads parts until none is left; returns how many bytes they had.
+fn read(parts: &Mutex<Vec<Part>>) -> Result<u64> {
     let mut buffer = vec![0; BUFFER_BYTES];
     let mut connection: Option<Connection> = None;
+    let mut bytes = 0;
     loop {
         let next = parts
             .lock()
             .map_err(|_| anyhow!("a reader panicked"))?
             .pop();
-        let Some(part) = next else { return Ok(()) };
+        let Some(part) = next else { return Ok(bytes) };
         let mut open = match connection.take().filter(|open| open.host == part.host) {
             Some(open) => open,
             None => Connection::open(&part.host)?,
         };
         let length = open.ask("GET", &part.path, Some((part.first, part.last)))?;
         open.drop_body(length, &mut buffer)?;
+        bytes += length;
         connection = Some(open);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    /// Answers HEAD with a size and GET with the range that was asked for; returns its address.
+    fn serve(size: u64) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        std::thread::spawn(move || {
+            for socket in listener.incoming() {
+                std::thread::spawn(move || answer(BufReader::new(socket.unwrap()), size));
+            }
+        });
+        format!("http://{address}/object")
+    }
+
+    fn answer(mut socket: BufReader<TcpStream>, size: u64) {
+        loop {
+            let mut request = String::new();
+            while !request.ends_with("\r\n\r\n") {
+                if socket.read_line(&mut request).unwrap() == 0 {
+                    return;
+                }
+            }
+            let range = request.split("bytes=").nth(1);
+            let length = range.map_or(size, |range| {
+                let (first, last) = range.lines().next().unwrap().split_once('-').unwrap();
+                last.parse::<u64>().unwrap() - first.parse::<u64>().unwrap() + 1
+            });
+            let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n");
+            socket.get_mut().write_all(head.as_bytes()).unwrap();
+            if range.is_some() {
+                let body = vec![0; length as usize];
+                socket.get_mut().write_all(&body).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn every_byte_of_every_address_is_read() {
+        let urls = [serve(1_000_001), serve(1), serve(0)];
+
+        let result = measure(&urls, 4, 65_536).unwrap();
+
+        assert_eq!(result["bytes"], 1_000_002);
     }
 }
