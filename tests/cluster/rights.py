@@ -1,5 +1,6 @@
 """The service accounts may do what they need, and nothing else."""
 
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 from api import Refused, refused
@@ -124,7 +125,7 @@ def use_the_rights_of_both(account, names):
         used = sum(workers.map(lambda item: read(account, *item), names.items()))
     for group in ["", "events.k8s.io"]:
         path = f"/apis/{group}/v1" if group else "/api/v1"
-        name = f"{account.token[-8:].lower().strip('-_')}-{group or 'core'}"
+        name = f"seen-{uuid.uuid4()}"
         account.create(event(name, group))
         series = {"series": {"count": 2, "lastObservedTime": "2026-01-01T00:00:01.000000Z"}}
         account.merge(f"{path}/namespaces/team-a/events/{name}", series)
