@@ -81,9 +81,11 @@ class Cluster:
                 self.plane.admin.delete(path)
 
     def tidy(self):
-        """Removes the pods that a test has left: the next one's kubelet would start them."""
+        """Removes what a test has left: the next one's kubelet would start its pods."""
         self.plane.namespace("team-a")
         self.plane.admin.delete("/api/v1/namespaces/team-a/pods", seconds=0)
+        for path in ["/api/v1/nodes", "/apis/storage.k8s.io/v1/csinodes", "/apis/weightd.io/v1alpha1/modelprefetches"]:
+            self.plane.admin.delete(path)
 
     def apply(self, thing):
         name = f"{thing['kind']} {thing['metadata']['name']}"
