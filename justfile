@@ -28,9 +28,9 @@ hosts *arguments:
     cargo build -p weightd -p weightd-standin
     python3 tests/python/hosts.py target/debug {{ arguments }}
 
-# Measure fetch, verify and sync: `just bench --gigabytes 4`
+# Measure weightd, its peers and the machine's ceilings in one run: `just bench --cases shards --json figures.json`
 bench *arguments:
-    cargo bench -p weightd --bench prefetch -- {{ arguments }}
+    python3 tests/bench/bench.py {{ arguments }}
 
 # Simulate fleets that fill one shared tier together: `just bench-fleet --nodes 8,100 --policy fastest`
 bench-fleet *arguments:

@@ -25,7 +25,7 @@ from machine import cgroups, remove_cgroups
 from weightd import NAMESPACE
 
 # In this order; each is a file beside this one.
-TESTS = ["annotations", "events", "chart", "rights", "policy", "containers", "warm", "controller", "pending", "kubelet", "scale"]
+TESTS = ["annotations", "events", "chart", "rights", "policy", "containers", "warm", "controller", "pending", "leader", "kubelet", "scale"]
 
 
 class Cluster:

@@ -199,7 +199,10 @@ impl Pending {
                 self.pods.remove(&pod.uid().unwrap_or_default());
             }
             News::Volume(Event::InitApply(volume) | Event::Apply(volume)) => {
-                self.claims.extend(wish::claim(&volume, &self.driver));
+                if let Some((claim, volume)) = wish::claim(&volume, &self.driver) {
+                    self.claims.insert(claim, volume);
+                    self.changed = true;
+                }
             }
             News::Volume(Event::Delete(volume)) => {
                 if let Some((claim, _)) = wish::claim(&volume, &self.driver) {

@@ -65,7 +65,7 @@ pub const NODES_MAX: usize = 2000;
     .message("the revision is given twice: leave out `revision`, or the part of `source` from its @ on")
     .field_path(".revision"))]
 pub struct ModelPrefetchSpec {
-    /// The model: hf://org/name[@revision] or s3://bucket/prefix[@revision].
+    /// The model: hf://org/name or s3://bucket/prefix, with @ and a revision after it, or the revision in its own field.
     #[schemars(
         length(min = 6, max = 1400),
         regex(

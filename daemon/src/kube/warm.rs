@@ -64,6 +64,9 @@ pub(super) struct Warm {
     node: Option<ThisNode>,
     config: BTreeMap<Origin, Wish>,
     entries: BTreeMap<Origin, Entry>,
+    /// What the entries were made of. What was said since counts in the next round: else a part that is known only now
+    /// would look like one that wants nothing.
+    heard: Heard,
     /// What was seen to last, so that pins are compared only when something changed.
     settled: Option<(Known, BTreeSet<Holder>)>,
     fetches: JoinSet<Ended>,
@@ -71,6 +74,12 @@ pub(super) struct Warm {
     teller: Option<Teller>,
     warmth: watch::Sender<Warmth>,
     looked: Instant,
+}
+
+/// What was known of the cluster at one moment.
+struct Heard {
+    known: Known,
+    objects: Seen<ObjectView>,
 }
 
 struct Ended {
@@ -95,6 +104,13 @@ impl Warm {
             said,
             node,
             entries: BTreeMap::new(),
+            heard: Heard {
+                known: Known {
+                    node: false,
+                    objects: false,
+                },
+                objects: Seen::NotYet,
+            },
             settled: None,
             fetches: JoinSet::new(),
             events: JoinSet::new(),
@@ -142,28 +158,24 @@ impl Warm {
         self.said.node.borrow().all()?.get(&*node.name).cloned()
     }
 
-    fn known(&self) -> Known {
-        let node = !self.said.cluster || self.view().is_some();
-        let objects = !self.said.cluster || self.said.objects.borrow().all().is_some();
-        Known {
-            node,
-            objects: node && objects,
-        }
-    }
-
     /// Takes over what is said now. What is not known stays as it was.
     async fn hear(&mut self) {
         self.said.node.mark_unchanged();
         self.said.objects.mark_unchanged();
-        let known = self.known();
         let view = self.view().filter(|_| self.said.cluster);
+        let objects = self.said.objects.borrow().clone();
         let mut wanted = self.config.clone();
         if let Some(view) = &view {
             wanted.extend(desired::of_node(view));
-            if let Some(objects) = self.said.objects.borrow().all() {
+            if let Some(objects) = objects.all() {
                 wanted.extend(desired::of_objects(objects, &view.labels));
             }
         }
+        let known = Known {
+            node: !self.said.cluster || view.is_some(),
+            objects: !self.said.cluster || (view.is_some() && objects.all().is_some()),
+        };
+        self.heard = Heard { known, objects };
         let is_known = |origin: &Origin| match origin {
             Origin::Config(_) => true,
             Origin::Node(_) => known.node,
@@ -212,7 +224,7 @@ impl Warm {
     async fn settle(&mut self) {
         let targets = self.entries.values().filter_map(Entry::target);
         let holders = targets.filter_map(|target| target.own_holder().cloned());
-        let now = (self.known(), holders.collect::<BTreeSet<_>>());
+        let now = (self.heard.known, holders.collect::<BTreeSet<_>>());
         if self.settled.as_ref() == Some(&now) {
             return;
         }
@@ -335,25 +347,78 @@ impl Warm {
             *now = warmth;
             changed
         });
-        let known = self.known();
         if let Some(teller) = &mut self.teller
-            && known.objects
+            && self.heard.known.objects
+            && let Some(objects) = self.heard.objects.all()
         {
-            let objects = self.said.objects.borrow();
-            if let Some(objects) = objects.all() {
-                teller.tell(objects, &self.entries);
-            }
+            teller.tell(objects, &self.entries);
         }
     }
 
     /// Whether all that is to be here is, as far as it can be told what that is.
     fn is_warm(&self) -> bool {
-        let known = self.known();
+        let known = self.heard.known;
         // Whoever may not read the objects, or has no such kind, has none.
-        let refused = *self.said.objects.borrow() == Seen::Refused;
+        let refused = self.heard.objects == Seen::Refused;
         let mut sensible = self.entries.values().filter(|entry| entry.wish.is_ok());
         known.node
             && (known.objects || refused)
             && sensible.all(|entry| entry.phase == NodePhase::Ready)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use kube::{Client, Config};
+    use weightd_core::model::ModelRef;
+    use weightd_core::source::{Source, SourceError, Sources};
+    use weightd_core::store::StoreLimits;
+
+    use super::*;
+
+    struct Nothing;
+
+    impl Sources for Nothing {
+        fn open(&self, model: &ModelRef) -> Result<Arc<dyn Source>, SourceError> {
+            unreachable!("{model}")
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_known_only_since_it_was_heard_does_not_look_like_nothing_to_be_kept() {
+        let home = tempfile::tempdir().unwrap();
+        let store = Store::open(home.path(), StoreLimits::default()).unwrap();
+        let metrics = Arc::<Metrics>::default();
+        let fetcher = Fetcher::new(
+            store,
+            Arc::new(Nothing),
+            Default::default(),
+            metrics.clone(),
+        );
+        let config = Config::new("http://127.0.0.1:1".parse().unwrap());
+        let client = Client::try_from(config).unwrap();
+        let node = ThisNode::new(client, "node", metrics.clone());
+        let (nodes, objects) = (watch::Sender::default(), watch::Sender::default());
+        let said = Said {
+            config: Vec::new(),
+            node: nodes.subscribe(),
+            objects: objects.subscribe(),
+            cluster: true,
+        };
+        let mut warm = Warm::new(fetcher, metrics, Some(node), said, watch::Sender::default());
+
+        warm.hear().await;
+        let view = NodeView {
+            prefetch: Some("hf://org/model".to_owned()),
+            ..NodeView::default()
+        };
+        nodes.send_replace(Seen::These([("node".to_owned(), view)].into()));
+        objects.send_replace(Seen::These(BTreeMap::new()));
+
+        assert!(!warm.is_warm() && !warm.heard.known.node);
+        warm.hear().await;
+        assert!(!warm.is_warm() && warm.entries.len() == 1);
     }
 }

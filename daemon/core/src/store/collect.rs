@@ -102,7 +102,7 @@ impl Store {
         Ok(bytes)
     }
 
-    /// Deletes what killed processes left in `staging`, and partial downloads.
+    /// Deletes what killed processes left in `staging`, and partial downloads. The caller holds the store's lock alone.
     pub(super) fn sweep_staging(
         &self,
         partial: Partial,
@@ -129,6 +129,13 @@ impl Store {
                     remove_if_there(&path)?
                 }
                 _ => {}
+            }
+        }
+        // The other name of a probe, of a process that died between the two.
+        for entry in entries(&self.root.join("blobs"))? {
+            let path = entry.path();
+            if path.extension().is_some_and(|ending| ending == "probe") {
+                remove_if_there(&path)?;
             }
         }
         Ok(swept)

@@ -305,6 +305,8 @@ fn a_dead_process_leaves_nothing_that_collect_does_not_find() {
     drop((lease, room));
     fs::rename(kept.path().join("tree"), &left[0]).unwrap();
     fs::write(store.staging().join("x.room"), [0; 10]).unwrap();
+    let probe = store.root().join("blobs/x.probe");
+    fs::write(&probe, b"").unwrap();
 
     let collected = store.collect(Partial::All).unwrap();
 
@@ -317,6 +319,7 @@ fn a_dead_process_leaves_nothing_that_collect_does_not_find() {
         "{:?}",
         names(&store.staging())
     );
+    assert!(!probe.exists());
 }
 
 #[test]

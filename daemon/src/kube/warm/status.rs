@@ -17,8 +17,8 @@ use crate::kube::prefetch::{ModelPrefetch, NodePhase, NodeStatus};
 /// How often progress is written: 30 s.
 const PROGRESS: Duration = Duration::from_secs(30);
 
-/// Of so many nodes each may write that often; of more all together write once in about as many seconds, because every
-/// write comes to every node.
+/// Of so many nodes each may write that often; more of them write in proportion more seldom, because every write
+/// comes to every node, and costs the API server more the more entries there are.
 const NODES: u32 = 30;
 
 /// Progress that is worth to be told, in percent.
@@ -46,6 +46,12 @@ pub(super) fn message(text: &str) -> String {
     }
 }
 
+/// How many times less often than alone a node writes to an object that tells of `nodes`.
+pub(super) fn crowd(nodes: usize) -> u32 {
+    let nodes = u32::try_from(nodes).unwrap_or(u32::MAX);
+    nodes.div_ceil(NODES).clamp(1, 100)
+}
+
 /// Whether `now` has to be written over `before`, which is `age` old, in the status of an object that tells of `nodes`.
 pub(super) fn is_news(
     now: &NodeStatus,
@@ -67,11 +73,10 @@ pub(super) fn is_news(
     if now.revision != before.revision {
         return true;
     }
-    let crowd = u32::try_from(nodes).unwrap_or(u32::MAX).div_ceil(NODES);
     let done = |status: &NodeStatus| u128::try_from(status.bytes_done.unwrap_or(0)).unwrap_or(0);
     let all = u128::try_from(now.bytes.unwrap_or(0)).unwrap_or(0);
     let step = done(now).abs_diff(done(before)) * 100;
-    age >= PROGRESS * crowd.max(1) && step >= all * STEP_PERCENT && step > 0
+    age >= PROGRESS * crowd(nodes) && step >= all * STEP_PERCENT && step > 0
 }
 
 /// Writes our entry of the object `name`, or removes it.

@@ -20,7 +20,7 @@ const PAUSES: (Duration, Duration) = (Duration::from_secs(5), Duration::from_sec
 const SETTLED: Duration = Duration::from_secs(30);
 
 /// For how long after a write, or the start, it is not told that an entry is under way: one that is soon here is told as
-/// ready, with one write or none.
+/// ready, with one write or none. For an object of many nodes in proportion longer.
 const UNDER_WAY: Duration = Duration::from_secs(5);
 
 /// Writes the status of objects.
@@ -129,8 +129,9 @@ impl Teller {
                 let object = &written.object;
                 let remedy = "let the service account patch modelprefetches/status";
                 match told.failures {
-                    0 => tracing::warn!(object, %error, remedy, "status not written, retrying"),
-                    _ => tracing::debug!(object, %error, "status not written again"),
+                    // One alone may be that other nodes wrote at the same time.
+                    1 => tracing::warn!(object, %error, remedy, "status not written, retrying"),
+                    _ => tracing::debug!(object, %error, "status not written"),
                 }
                 let pause = PAUSES.0 * 2_u32.saturating_pow(told.failures.min(10));
                 told.failures += 1;
@@ -160,9 +161,10 @@ impl Told {
             // Somebody took it away.
             self.entry = None;
         }
+        let crowd = status::crowd(object.nodes);
         let under_way = [NodePhase::Pending, NodePhase::Fetching];
         let news = match status {
-            Some(status) if under_way.contains(&status.phase) && age < UNDER_WAY => false,
+            Some(status) if under_way.contains(&status.phase) && age < UNDER_WAY * crowd => false,
             Some(status) => status::is_news(status, self.entry.as_ref(), age, object.nodes),
             None => self.entry.is_some(),
         };
