@@ -39,10 +39,6 @@ class Cluster:
     def directory(self, name):
         return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.work))
 
-    def has(self, feature):
-        """Whether the programs under test have a part that is made later than others."""
-        return feature in features(self.binaries)
-
     def render(self, *options):
         """The objects of the chart, its custom resources first."""
         command = [self.tools / "helm", "template", "weightd", self.chart, "--namespace", NAMESPACE, "--include-crds"]
@@ -96,14 +92,6 @@ class Cluster:
             self.plane.admin.apply(thing, manager="helm")
         except Exception as error:
             raise AssertionError(f"the API server does not take {name} ({plural(thing['kind'])}): {error}") from error
-
-
-def features(binaries, known={}):  # noqa: B006
-    if not known:
-        program = (binaries / "weightd").read_bytes()
-        known["node"] = b"agent-not-ready" in program
-        known["controller"] = b"weightd-webhook-certificate" in program
-    return [name for name, there in known.items() if there]
 
 
 class Checks:

@@ -315,9 +315,6 @@ def ordered(made):
 
 
 def run(cluster, check):
-    if not cluster.has("controller"):
-        check.leave_out("controller", "this weightd has no controller")
-        return
     cluster.plane.namespace("team-a")
     with Controller(cluster) as controller:
         for test in [the_chart_turns_the_webhook_on, without_controller_pods_are_created, one_of_two_leads,

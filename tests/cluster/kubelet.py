@@ -83,9 +83,6 @@ class Release(Processes):
         thing = {"apiVersion": "v1", "kind": "Pod", **copy.deepcopy(self.daemon_set["spec"]["template"])}
         thing["metadata"] |= {"name": "weightd-node-1", "namespace": NAMESPACE}
         thing["spec"]["nodeName"] = NODE
-        if not self.cluster.has("node"):
-            daemon = thing["spec"]["containers"][0]
-            daemon["args"] = [word for word in daemon["args"] if "--node-name" not in word]
         self.made = self.admin.create(thing)
 
     def until_ready(self):
@@ -263,8 +260,7 @@ def run(cluster, check):
     cluster.plane.namespace("team-a")
     with Machine(cluster, NODE) as machine, Release(cluster, machine) as release:
         check(the_chart_serves_a_node, release)
-        if cluster.has("node"):
-            check(the_startup_taint_is_removed, release)
+        check(the_startup_taint_is_removed, release)
         for test in [a_first_pod, a_cold_model, a_cached_model, a_cold_model_async, a_cached_model_async,
                      the_pod_is_told_what_is_wrong, crashes_are_not_seen, an_upgrade_is_not_seen]:
             check(test, release)

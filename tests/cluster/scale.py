@@ -63,6 +63,15 @@ def an_idle_node_asks_little(cluster, node):
     return f"{requests:.1f} requests per minute ({what}); {sum((before - at_start).values())} to start with"
 
 
+def an_audit_log_tells_the_programs_apart(cluster, _):
+    mine = (event for event in cluster.plane.audit() if event["user"]["username"] == USER)
+    agents = {event.get("userAgent", "").split("/")[0] for event in mine}
+    # Tests use the account, too.
+    ours = sorted(agents & {"weightd", "weightd-csi"})
+    same("programs by their user agent", ours, ["weightd", "weightd-csi"])
+    return ", ".join(ours)
+
+
 def memory_does_not_grow_with_the_cluster(_, node):
     sizes = {name: resident_bytes(node.running[name]) for name in ["weightd", "weightd-csi"]}
     for name, limit in [("weightd", 150), ("weightd-csi", 80)]:
@@ -71,9 +80,6 @@ def memory_does_not_grow_with_the_cluster(_, node):
 
 
 def run(cluster, check):
-    if not cluster.has("node"):
-        check.leave_out("scale", "this daemon does not know Nodes")
-        return
     cluster.install()
     cluster.plane.namespace("team-a")
     check(crowd, cluster)
@@ -84,5 +90,6 @@ def run(cluster, check):
     with node:
         register_driver(cluster, NODE)
         check(an_idle_node_asks_little, cluster, node)
+        check(an_audit_log_tells_the_programs_apart, cluster, node)
         check(memory_does_not_grow_with_the_cluster, cluster, node)
     remove_node(cluster, NODE)

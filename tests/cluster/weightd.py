@@ -53,13 +53,10 @@ class ClusterNode(Node):
     def start_daemon(self, undo):
         config, listens = self.work / "weightd.toml", self.work / "weightd.sock"
         settings = {"root": str(self.store), "socket": str(listens), "store": STORE} | self.settings
+        settings["kubernetes"] = {"kubeconfig": str(self.kubeconfig)}
         own = {"HF_ENDPOINT": self.endpoint, "HOME": str(self.work), "AWS_EC2_METADATA_DISABLED": "true"}
-        arguments = ["--config", config]
-        if self.cluster.has("node"):
-            settings["kubernetes"] = {"kubeconfig": str(self.kubeconfig)}
-            arguments += ["--node-name", self.name]
         config.write_text(toml(settings))
-        daemon = self.start(undo, "weightd", *arguments, env=own)
+        daemon = self.start(undo, "weightd", "--config", config, "--node-name", self.name, env=own)
         deadline = time.monotonic() + 30
         while not answers(listens):
             if daemon.poll() is not None or time.monotonic() > deadline:

@@ -6,6 +6,8 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use http::HeaderValue;
+use http::header::USER_AGENT;
 use kube::Client;
 use kube::config::{Config, KubeConfigOptions, Kubeconfig};
 
@@ -97,9 +99,19 @@ fn finish(mut config: Config, timeouts: Timeouts) -> Result<Client, Cause> {
     config.connect_timeout = Some(timeouts.connect);
     config.write_timeout = Some(timeouts.call);
     config.read_timeout = Some(timeouts.idle);
+    config.headers.push((USER_AGENT, user_agent()));
     // Else the time that a connection was not needed would count as silence of the server.
     config.reset_reader_on_write = true;
     // A server may ask for retries later than a call may last, and the caller has its own way to try again.
     config.default_retry = false;
     Ok(Client::try_from(config)?)
+}
+
+/// This program and its version: by it an audit log tells the daemon from the plugin, which share an account.
+fn user_agent() -> HeaderValue {
+    let program = env::current_exe().ok();
+    let program = program.as_deref().and_then(Path::file_name);
+    let program = program.map_or("weightd".into(), |name| name.to_string_lossy());
+    let text = format!("{program}/{}", env!("CARGO_PKG_VERSION"));
+    HeaderValue::from_str(&text).unwrap_or(HeaderValue::from_static("weightd"))
 }
