@@ -103,7 +103,7 @@ impl Work {
         let work = self.clone();
         let swept = swept.map(drop).shared();
         self.spawn(async move {
-            let client = match work.try_connect().await {
+            let client = match work.try_connect(true).await {
                 Some(client) => client,
                 None => {
                     let alone = Channels::default();
@@ -124,22 +124,24 @@ impl Work {
     async fn connected(&self) -> Client {
         loop {
             sleep(CONNECT).await;
-            if let Some(client) = self.try_connect().await {
+            if let Some(client) = self.try_connect(false).await {
                 return client;
             }
         }
     }
 
-    async fn try_connect(&self) -> Option<Client> {
-        match connect(self.section.kubeconfig.as_deref()).await {
+    async fn try_connect(&self, first: bool) -> Option<Client> {
+        let (error, hint) = match connect(self.section.kubeconfig.as_deref()).await {
             Ok(Some(client)) => return Some(client),
-            Ok(None) => tracing::error!(
-                "no way to the API server, retrying: this is no pod, and kubernetes.kubeconfig is not set"
+            Ok(None) => (
+                "this is no pod".to_owned(),
+                "set kubernetes.kubeconfig".to_owned(),
             ),
-            Err(error) => {
-                let hint = error.hint().unwrap_or_default();
-                tracing::error!(error = %Chain(&error), hint, "no way to the API server, retrying");
-            }
+            Err(error) => (Chain(&error).to_string(), error.hint().unwrap_or_default()),
+        };
+        match first {
+            true => tracing::error!(error, hint, "no way to the API server, retrying"),
+            false => tracing::debug!(error, "still no way to the API server"),
         }
         self.metrics.kube_failed("watch_node");
         None
@@ -179,6 +181,8 @@ impl Work {
             let (node, objects) = (node.clone(), channels.objects);
             self.spawn(async move { watch_objects(&node, &objects).await });
         }
+        let (of, nodes) = (node.clone(), channels.nodes.subscribe());
+        self.spawn(async move { of.tell_if_missing(nodes).await });
         self.spawn(async move { node.watch(&channels.nodes).await });
     }
 

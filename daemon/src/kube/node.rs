@@ -27,6 +27,9 @@ pub const PREFETCH: &str = "weightd.io/prefetch";
 /// Who reports in Events.
 const REPORTER: &str = "weightd.io/node";
 
+/// How long a machine that starts may take until it has registered its Node: 1 min.
+const REGISTERS: Duration = Duration::from_secs(60);
+
 /// A Node without its status, which is most of it and comes with every change.
 #[derive(Resource, Debug, Clone, Deserialize)]
 #[resource(inherit = FullNode)]
@@ -115,6 +118,27 @@ impl ThisNode {
         follow(self.api(), only, name, metrics, seen, NodeView::from).await;
     }
 
+    /// Says for ever if there is no Node of this name: one that was given a wrong name would do nothing, in silence.
+    pub(super) async fn tell_if_missing(&self, mut nodes: watch::Receiver<Seen<NodeView>>) {
+        let missing = |seen: &Seen<NodeView>| {
+            let all = seen.all();
+            all.is_some_and(|all| !all.contains_key(&*self.name))
+        };
+        while nodes.wait_for(missing).await.is_ok() {
+            let found = nodes.wait_for(|seen| !missing(seen));
+            if timeout(REGISTERS, found).await.is_ok() {
+                continue;
+            }
+            self.metrics.kube_failed("watch_node");
+            let remedy =
+                "see that kubernetes.node is the Node's name, as `kubectl get nodes` has it";
+            tracing::error!(node = %self.name, remedy, "there is no Node of this name: its taints, labels and annotation are left alone");
+            if nodes.wait_for(|seen| !missing(seen)).await.is_ok() {
+                tracing::info!(node = %self.name, "the Node is there now");
+            }
+        }
+    }
+
     /// The Node as it is now; `None` if there is none.
     pub(super) async fn now(&self) -> Result<Option<NodeView>, Error> {
         let found = in_time(self.api().get_opt(&self.name)).await?;
@@ -164,9 +188,49 @@ impl ThisNode {
 #[error("no answer within {0:?}")]
 struct Slow(Duration);
 
+/// The failure of a call that had no answer for as long as one may take.
+pub(super) fn slow() -> Error {
+    Error::Service(Box::new(Slow(TIMEOUTS.call)))
+}
+
 /// `call`, for no longer than a call may take.
 pub(super) async fn in_time<T>(call: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-    let limit = TIMEOUTS.call;
-    let slow = |_| Err(Error::Service(Box::new(Slow(limit))));
-    timeout(limit, call).await.unwrap_or_else(slow)
+    let answer = timeout(TIMEOUTS.call, call).await;
+    answer.unwrap_or_else(|_| Err(slow()))
+}
+
+#[cfg(test)]
+mod tests {
+    use kube::Config;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_node_that_there_is_none_of_is_told_unless_it_comes_soon() {
+        let config = Config::new("http://127.0.0.1:1".parse().unwrap());
+        let metrics = Arc::<Metrics>::default();
+        let client = Client::try_from(config).unwrap();
+        let node = ThisNode::new(client, "node", Arc::clone(&metrics));
+        let told = || !metrics.encode().contains("{call=\"watch_node\"} 0");
+        let (nodes, seen) = watch::channel(Seen::NotYet);
+        let telling = node.tell_if_missing(seen);
+        let steps = async {
+            tokio::time::sleep(REGISTERS * 2).await;
+            assert!(!told(), "while nothing is known");
+            nodes.send_replace(Seen::These(BTreeMap::new()));
+            tokio::time::sleep(REGISTERS / 2).await;
+            let this = BTreeMap::from([("node".to_owned(), NodeView::default())]);
+            nodes.send_replace(Seen::These(this));
+            tokio::time::sleep(REGISTERS * 2).await;
+            assert!(!told(), "it came");
+            nodes.send_replace(Seen::These(BTreeMap::new()));
+            tokio::time::sleep(REGISTERS * 2).await;
+            assert!(told());
+        };
+
+        tokio::select! {
+            () = telling => unreachable!("somebody still watches"),
+            () = steps => {}
+        }
+    }
 }

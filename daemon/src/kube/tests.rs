@@ -311,6 +311,24 @@ async fn a_node_gets_what_it_is_to_keep_says_so_and_loses_its_taints() {
 }
 
 #[tokio::test]
+async fn a_watch_that_is_too_old_begins_anew_and_is_no_failure() {
+    let (home, server) = (tempfile::tempdir().unwrap(), Server::start().await);
+    server.put(NODES, node("", &[]));
+    server.put(OBJECTS, object("a", json!({ "source": "hf://org/a" })));
+    let daemon = Daemon::start(&home, &server, |_| ());
+    becomes("Ready".to_owned(), || phase(&server, "a")).await;
+
+    server.expire(OBJECTS);
+    server.put(OBJECTS, object("b", json!({ "source": "hf://org/b" })));
+
+    becomes("Ready".to_owned(), || phase(&server, "b")).await;
+    let metrics = daemon.metrics.encode();
+    let none = "weightd_kube_failures_total{call=\"watch_prefetches\"} 0";
+    assert!(metrics.contains(none), "{metrics}");
+    daemon.end().await;
+}
+
+#[tokio::test]
 async fn a_taint_that_comes_again_goes_again_and_a_conflict_is_no_trouble() {
     let (home, server) = (tempfile::tempdir().unwrap(), Server::start().await);
     server.put(NODES, node("", &["csi.weightd.io/agent-not-ready"]));

@@ -55,6 +55,14 @@ impl Server {
         server
     }
 
+    /// Tells all who watch objects of this kind that what they saw last is too old to go on from.
+    pub(super) fn expire(&self, kind: &str) {
+        let mut state = self.state.lock().unwrap();
+        let event = json!({ "type": "ERROR", "object": status(410) });
+        state.log.push((kind.to_owned(), event));
+        self.changes.send_replace(state.log.len());
+    }
+
     /// Puts an object, made or changed by others.
     pub(super) fn put(&self, kind: &str, object: Value) {
         let mut state = self.state.lock().unwrap();
@@ -217,6 +225,7 @@ fn status(code: u16) -> Value {
         403 => "Forbidden",
         404 => "NotFound",
         409 => "Conflict",
+        410 => "Expired",
         _ => "Invalid",
     };
     json!({ "kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": reason, "code": code, "message": "no" })
