@@ -70,6 +70,20 @@ def an_annotation_of_the_node_keeps_a_model(cluster, node):
     return f"kept {seconds:.1f} s after the annotation, label {LABEL}; let go as the annotation went"
 
 
+def a_wrong_annotation_is_told_on_the_node(cluster, _):
+    admin, wrong = cluster.plane.admin, ["hf:/typo", "/models/x"]
+    admin.merge(f"{NODES}/{NODE}", {"metadata": {"annotations": {"weightd.io/prefetch": ",".join(wrong)}}})
+
+    def told():
+        events = admin.get("/api/v1/namespaces/default/events", fieldSelector=f"involvedObject.name={NODE}")
+        return [event["message"] for event in events["items"] if event["reason"] == "PrefetchInvalid"]
+
+    notes = eventually("an Event of the node", told)
+    same("what it names", [text in notes[0] for text in wrong], [True, True])
+    admin.merge(f"{NODES}/{NODE}", {"metadata": {"annotations": {"weightd.io/prefetch": None}}})
+    return f"in {len(notes)} Event: {notes[0][:100]}"
+
+
 def entries(cluster, name):
     status = cluster.plane.admin.get(f"{PREFETCHES}/{name}").get("status") or {}
     return {entry["name"]: entry for entry in status.get("nodes", [])}
@@ -140,8 +154,9 @@ def run(cluster, check):
     try:
         with ClusterNode(cluster, NODE) as node:
             for test in [the_startup_taint_goes_when_the_driver_is_there, an_annotation_of_the_node_keeps_a_model,
-                         an_object_keeps_a_model, an_object_that_selects_no_longer_lets_go,
-                         a_model_that_is_not_there_says_so, what_went_while_no_daemon_ran_is_let_go]:
+                         a_wrong_annotation_is_told_on_the_node, an_object_keeps_a_model,
+                         an_object_that_selects_no_longer_lets_go, a_model_that_is_not_there_says_so,
+                         what_went_while_no_daemon_ran_is_let_go]:
                 check(test, cluster, node)
     finally:
         try:

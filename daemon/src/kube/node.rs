@@ -85,17 +85,11 @@ pub(super) struct ThisNode {
     pub(super) client: Client,
     pub(super) name: Arc<str>,
     pub(super) metrics: Arc<Metrics>,
-    recorder: Recorder,
 }
 
 impl ThisNode {
     pub(super) fn new(client: Client, name: &str, metrics: Arc<Metrics>) -> Self {
-        let reporter = Reporter {
-            controller: REPORTER.to_owned(),
-            instance: Some(name.to_owned()),
-        };
         Self {
-            recorder: Recorder::new(client.clone(), reporter),
             client,
             name: name.into(),
             metrics,
@@ -161,6 +155,12 @@ impl ThisNode {
 
     /// Tells of trouble with the Node in an Event. One that is lost is only in the log.
     pub(super) async fn warn(&self, uid: &str, reason: &str, note: String) {
+        let reporter = Reporter {
+            controller: REPORTER.to_owned(),
+            instance: Some(self.name.to_string()),
+        };
+        // Not one for all: it would take another note for a repetition of the first, and tell only that.
+        let recorder = Recorder::new(self.client.clone(), reporter);
         let event = Event {
             type_: EventType::Warning,
             reason: reason.to_owned(),
@@ -175,7 +175,7 @@ impl ThisNode {
             uid: Some(uid.to_owned()),
             ..ObjectReference::default()
         };
-        if let Err(error) = in_time(self.recorder.publish(&event, &node)).await {
+        if let Err(error) = in_time(recorder.publish(&event, &node)).await {
             self.metrics.kube_failed("event");
             let error = Cause::from(error);
             tracing::warn!(%error, reason, "event not written");

@@ -311,6 +311,36 @@ async fn a_node_gets_what_it_is_to_keep_says_so_and_loses_its_taints() {
 }
 
 #[tokio::test]
+async fn what_an_annotation_asks_for_in_vain_is_told_in_events_of_the_node() {
+    let (home, server) = (tempfile::tempdir().unwrap(), Server::start().await);
+    server.put(
+        NODES,
+        node("hf:/typo, /models/x, hf://org/none, hf://org/a", &[]),
+    );
+
+    let daemon = Daemon::start(&home, &server, |_| ());
+
+    let events = || server.asked("POST /apis/events.k8s.io");
+    becomes(2, || events().len()).await;
+    let note = |reason| {
+        let of_reason = |event: &Value| event["reason"] == reason;
+        let event = events().into_iter().find(of_reason).unwrap();
+        event["note"].as_str().unwrap().to_owned()
+    };
+    let invalid = note("PrefetchInvalid");
+    assert!(
+        invalid.contains("hf:/typo") && invalid.contains("/models/x"),
+        "{invalid}"
+    );
+    let failed = note("PrefetchFailed");
+    assert!(failed.contains("hf://org/none"), "{failed}");
+    becomes(1, || daemon.held().len()).await;
+    // Another mistake is another Event, not a repetition of the first.
+    assert!(server.asked("PATCH /apis/events.k8s.io").is_empty());
+    daemon.end().await;
+}
+
+#[tokio::test]
 async fn a_watch_that_is_too_old_begins_anew_and_is_no_failure() {
     let (home, server) = (tempfile::tempdir().unwrap(), Server::start().await);
     server.put(NODES, node("", &[]));

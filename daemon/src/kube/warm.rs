@@ -19,6 +19,7 @@ use weightd_core::fetch::{FetchError, FetchRequest, Fetched, Fetcher};
 use weightd_core::metrics::Metrics;
 use weightd_core::store::{Holder, Store};
 
+mod complaints;
 mod desired;
 mod entry;
 mod pins;
@@ -31,6 +32,7 @@ use super::node::{NodeView, ThisNode};
 use super::prefetch::NodePhase;
 use super::taint::Warmth;
 use super::watch::Seen;
+use complaints::Complaints;
 use desired::{Origin, Wish};
 use entry::Entry;
 use pins::Known;
@@ -42,9 +44,6 @@ const AT_ONCE: usize = 2;
 /// How often entries are looked at, while some of them are not ready and else.
 const LOOK: Duration = Duration::from_secs(1);
 const LOOK_AT_REST: Duration = Duration::from_secs(60);
-
-/// The reason of the Event that tells of a wrong annotation.
-const INVALID: &str = "PrefetchInvalid";
 
 /// What is to be kept, as it is said.
 pub(super) struct Said {
@@ -70,6 +69,7 @@ pub(super) struct Warm {
     /// What was seen to last, so that pins are compared only when something changed.
     settled: Option<(Known, BTreeSet<Holder>)>,
     fetches: JoinSet<Ended>,
+    complaints: Complaints,
     events: JoinSet<()>,
     teller: Option<Teller>,
     warmth: watch::Sender<Warmth>,
@@ -113,6 +113,7 @@ impl Warm {
             },
             settled: None,
             fetches: JoinSet::new(),
+            complaints: Complaints::default(),
             events: JoinSet::new(),
             warmth,
             looked: Instant::now(),
@@ -192,24 +193,17 @@ impl Warm {
         }
         for (origin, wish) in wanted {
             if !self.entries.contains_key(&origin) {
-                self.take_on(origin, wish, view.as_ref());
+                self.take_on(origin, wish);
             }
         }
     }
 
-    fn take_on(&mut self, origin: Origin, wish: Wish, view: Option<&NodeView>) {
+    fn take_on(&mut self, origin: Origin, wish: Wish) {
         match &wish {
             Ok(target) => {
                 tracing::info!(model = %target.request.model, ?origin, "model to be kept")
             }
-            Err(reason) => {
-                tracing::warn!(?origin, reason, "a model to be kept makes no sense");
-                if let (Origin::Node(_), Some(node), Some(view)) = (&origin, &self.node, view) {
-                    let (node, uid, note) = (node.clone(), view.uid.clone(), reason.clone());
-                    self.events
-                        .spawn(async move { node.warn(&uid, INVALID, note).await });
-                }
-            }
+            Err(reason) => tracing::warn!(?origin, reason, "a model to be kept makes no sense"),
         }
         self.entries.insert(origin, Entry::new(wish));
     }
@@ -352,6 +346,18 @@ impl Warm {
             && let Some(objects) = self.heard.objects.all()
         {
             teller.tell(objects, &self.entries);
+        }
+        self.complain();
+    }
+
+    fn complain(&mut self) {
+        let (Some(node), Some(view)) = (&self.node, self.view()) else {
+            return;
+        };
+        for (reason, note) in self.complaints.due(&self.entries, Instant::now()) {
+            let (node, uid) = (node.clone(), view.uid.clone());
+            self.events
+                .spawn(async move { node.warn(&uid, reason, note).await });
         }
     }
 
