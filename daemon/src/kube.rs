@@ -28,7 +28,6 @@ use std::time::Duration;
 use futures::FutureExt;
 use kube::Client;
 use kube::api::Api;
-use kube::core::DeserializeGuard;
 use kube::runtime::watcher;
 use tokio::sync::{self, oneshot};
 use tokio::time::sleep;
@@ -41,9 +40,8 @@ use weightd_kube::{ConnectError, Timeouts};
 
 use crate::config::KubernetesSection;
 use node::{NodeView, ThisNode};
-use prefetch::ModelPrefetch;
 use taint::{Taint, Warmth, driver_registered};
-use warm::{ObjectView, Said, Warm};
+use warm::{ObjectView, Said, SlimObject, Warm};
 use watch::{Name, Seen, follow};
 
 pub use node::PREFETCH;
@@ -58,6 +56,9 @@ const TIMEOUTS: Timeouts = Timeouts {
     call: Duration::from_secs(15),
     idle: Duration::from_secs(WATCH.as_secs() + 15),
 };
+
+/// Objects of one answer to a list: each may tell of thousands of nodes, and a page is in memory as a whole.
+const PAGE: u32 = 20;
 
 /// How often it is tried to find a way to the API server.
 const CONNECT: Duration = Duration::from_secs(30);
@@ -223,8 +224,11 @@ async fn watch_objects(node: &ThisNode, seen: &sync::watch::Sender<Seen<ObjectVi
         what: "ModelPrefetch objects",
         remedy: "install the CRD modelprefetches.weightd.io, and let the service account get, list and watch modelprefetches",
     };
-    let objects: Api<DeserializeGuard<ModelPrefetch>> = Api::all(node.client.clone());
+    let objects: Api<SlimObject> = Api::all(node.client.clone());
     let read = |object| ObjectView::read(object, &node.name);
-    let (config, metrics) = (watcher::Config::default(), Arc::clone(&node.metrics));
+    let (config, metrics) = (
+        watcher::Config::default().page_size(PAGE),
+        Arc::clone(&node.metrics),
+    );
     follow(objects, config, name, metrics, seen, read).await;
 }

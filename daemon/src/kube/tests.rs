@@ -341,6 +341,27 @@ async fn what_an_annotation_asks_for_in_vain_is_told_in_events_of_the_node() {
 }
 
 #[tokio::test]
+async fn an_object_that_cannot_be_read_any_more_lets_go_of_nothing() {
+    let (home, server) = (tempfile::tempdir().unwrap(), Server::start().await);
+    server.put(NODES, node("", &[]));
+    server.put(OBJECTS, object("a", json!({ "source": "hf://org/a" })));
+    let daemon = Daemon::start(&home, &server, |_| ());
+    becomes("Ready".to_owned(), || phase(&server, "a")).await;
+    let kept = vec![held("hf://org/a", 'a', Some("operator/warm.object.a"))];
+    becomes(kept.clone(), || daemon.held()).await;
+
+    let mut newer = object("a", json!({ "origin": "hf://org/a" }));
+    newer["status"] = server.object(OBJECTS, "a")["status"].clone();
+    server.put(OBJECTS, newer);
+
+    becomes("Failed".to_owned(), || phase(&server, "a")).await;
+    assert_eq!(daemon.held(), kept);
+    server.delete(OBJECTS, "a");
+    becomes(vec![held("hf://org/a", 'a', None)], || daemon.held()).await;
+    daemon.end().await;
+}
+
+#[tokio::test]
 async fn a_watch_that_is_too_old_begins_anew_and_is_no_failure() {
     let (home, server) = (tempfile::tempdir().unwrap(), Server::start().await);
     server.put(NODES, node("", &[]));

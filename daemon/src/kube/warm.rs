@@ -26,7 +26,7 @@ mod pins;
 mod status;
 mod teller;
 
-pub(super) use desired::ObjectView;
+pub(super) use desired::{ObjectView, SlimObject};
 
 use super::node::{NodeView, ThisNode};
 use super::prefetch::NodePhase;
@@ -216,8 +216,14 @@ impl Warm {
 
     /// Lets go of what is held for entries that are gone, also those of a former daemon.
     async fn settle(&mut self) {
-        let targets = self.entries.values().filter_map(Entry::target);
-        let holders = targets.filter_map(|target| target.own_holder().cloned());
+        let holders = self.entries.iter().filter_map(|(origin, entry)| {
+            match (entry.target(), origin) {
+                (Some(target), _) => target.own_holder().cloned(),
+                // Of an object that cannot be read it is not known that it wants nothing.
+                (None, Origin::Object(name)) => Some(desired::holder_of_object(name)),
+                (None, Origin::Config(_) | Origin::Node(_)) => None,
+            }
+        });
         let now = (self.heard.known, holders.collect::<BTreeSet<_>>());
         if self.settled.as_ref() == Some(&now) {
             return;

@@ -2,8 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::Resource;
-use kube::core::DeserializeGuard;
+use serde::Deserialize;
+use serde_json::Value;
 use weightd_core::digest::Digest;
 use weightd_core::fetch::FetchRequest;
 use weightd_core::model::{ModelRef, Patterns, Scheme};
@@ -56,6 +58,24 @@ impl Target {
 /// What one origin wants, or why that cannot be told.
 pub(super) type Wish = Result<Target, String>;
 
+/// An object as it is watched. Each of its parts is read by itself: what another version of weightd writes into one must
+/// not cost this one the others.
+#[derive(Resource, Debug, Clone, Deserialize)]
+#[resource(inherit = ModelPrefetch)]
+pub(in crate::kube) struct SlimObject {
+    metadata: ObjectMeta,
+    #[serde(default)]
+    spec: Value,
+    #[serde(default)]
+    status: Option<SlimStatus>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+struct SlimStatus {
+    #[serde(default)]
+    nodes: Vec<Value>,
+}
+
 /// An object as far as it is read.
 #[derive(Debug, Clone, PartialEq)]
 pub(in crate::kube) struct ObjectView {
@@ -69,24 +89,15 @@ pub(in crate::kube) struct ObjectView {
 
 impl ObjectView {
     /// What is read of an object on the node of this name. The status of other nodes, which is most of it, is not kept.
-    pub(in crate::kube) fn read(object: DeserializeGuard<ModelPrefetch>, node: &str) -> Self {
-        let uid = object.meta().uid.clone().unwrap_or_default();
-        match object.0 {
-            Ok(object) => {
-                let nodes = object.status.unwrap_or_default().nodes;
-                Self {
-                    uid,
-                    spec: Ok(object.spec),
-                    nodes: nodes.len(),
-                    own: nodes.into_iter().find(|status| status.name == node),
-                }
-            }
-            Err(error) => Self {
-                uid,
-                spec: Err(format!("this version of weightd cannot read it: {error}")),
-                nodes: 0,
-                own: None,
-            },
+    pub(in crate::kube) fn read(object: SlimObject, node: &str) -> Self {
+        let spec = serde_json::from_value(object.spec);
+        let nodes = object.status.unwrap_or_default().nodes;
+        let own = nodes.iter().position(|entry| entry["name"] == node);
+        Self {
+            uid: object.metadata.uid.unwrap_or_default(),
+            spec: spec.map_err(|error| format!("this version of weightd cannot read it: {error}")),
+            own: own.and_then(|own| NodeStatus::deserialize(&nodes[own]).ok()),
+            nodes: nodes.len(),
         }
     }
 
@@ -106,7 +117,7 @@ impl ObjectView {
             request: FetchRequest {
                 model,
                 patterns,
-                pin: Some(holder(OF_OBJECTS, name)),
+                pin: Some(holder_of_object(name)),
             },
             pin: spec.pin,
             mark: None,
@@ -192,6 +203,11 @@ fn spelled(model: &ModelRef, patterns: &Patterns) -> String {
         true => model.to_string(),
         false => format!("{model} {include:?} {exclude:?}"),
     }
+}
+
+/// The holder of what the object of this name wants.
+pub(super) fn holder_of_object(name: &str) -> Holder {
+    holder(OF_OBJECTS, name)
 }
 
 /// The holder of what `text` names: readable where a holder's name can be that, and different for different texts.
@@ -330,6 +346,29 @@ mod tests {
 
         assert_eq!(view.nodes, 2);
         assert_eq!(view.own.expect("it is there").name, "mine");
+    }
+
+    #[test]
+    fn what_another_version_says_of_other_nodes_spoils_nothing() {
+        let object = json!({
+            "metadata": { "name": "it" }, "spec": { "source": "hf://org/model", "later": 1 },
+            "status": { "later": {}, "nodes": [
+                { "name": "other", "phase": "Thawing", "updated": "2036-01-01T00:00:00Z" },
+                { "name": "mine", "phase": "Ready", "updated": "2026-01-01T00:00:00Z", "later": [] },
+            ] },
+        });
+
+        let view = ObjectView::read(serde_json::from_value(object).unwrap(), "mine");
+
+        assert!(view.wish("it", &BTreeMap::new()).unwrap().is_ok());
+        assert_eq!((view.own.unwrap().name.as_str(), view.nodes), ("mine", 2));
+    }
+
+    #[test]
+    fn an_object_that_cannot_be_read_still_says_what_it_says_of_us() {
+        let view = object(json!({ "sauce": "hf://org/model" }));
+
+        assert!(view.own.is_some());
     }
 
     #[test]

@@ -11,8 +11,9 @@ use kube::{Client, Error};
 use serde_json::{Value, json};
 use weightd_core::digest::Digest;
 
+use super::desired::SlimObject;
 use crate::kube::node::in_time;
-use crate::kube::prefetch::{ModelPrefetch, NodePhase, NodeStatus};
+use crate::kube::prefetch::{NodePhase, NodeStatus};
 
 /// How often progress is written: 30 s.
 const PROGRESS: Duration = Duration::from_secs(30);
@@ -87,7 +88,7 @@ pub(super) async fn write(
     uid: &str,
     entry: Option<&NodeStatus>,
 ) -> Result<(), Error> {
-    let objects: Api<ModelPrefetch> = Api::all(client);
+    let objects: Api<SlimObject> = Api::all(client);
     let parameters = PatchParams::apply(manager).force();
     let patch = Patch::Apply(applied(name, uid, entry));
     in_time(objects.patch_status(name, &parameters, &patch))
