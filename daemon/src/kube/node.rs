@@ -135,7 +135,12 @@ impl ThisNode {
 
     /// The Node as it is now; `None` if there is none.
     pub(super) async fn now(&self) -> Result<Option<NodeView>, Error> {
-        let found = in_time(self.api().get_opt(&self.name)).await?;
+        self.named(&self.name).await
+    }
+
+    /// The Node of another name; `None` if there is none.
+    pub(super) async fn named(&self, name: &str) -> Result<Option<NodeView>, Error> {
+        let found = in_time(self.api().get_opt(name)).await?;
         Ok(found.map(NodeView::from))
     }
 

@@ -21,7 +21,7 @@ use super::taint::WARMING;
 use super::*;
 use crate::config::Span;
 
-mod server;
+pub(super) mod server;
 
 use server::{CSI_NODES, NODES, OBJECTS, Server};
 

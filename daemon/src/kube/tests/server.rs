@@ -11,18 +11,19 @@ use axum::body::{Body, to_bytes};
 use axum::extract::Request;
 use axum::response::Response;
 use futures::{StreamExt, stream};
+use kube::{Client, Config};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
-pub(super) const NODES: &str = "/api/v1/nodes";
-pub(super) const OBJECTS: &str = "/apis/weightd.io/v1alpha1/modelprefetches";
-pub(super) const CSI_NODES: &str = "/apis/storage.k8s.io/v1/csinodes";
+pub(in crate::kube) const NODES: &str = "/api/v1/nodes";
+pub(in crate::kube) const OBJECTS: &str = "/apis/weightd.io/v1alpha1/modelprefetches";
+pub(in crate::kube) const CSI_NODES: &str = "/apis/storage.k8s.io/v1/csinodes";
 
 /// Clones are the same server.
 #[derive(Clone)]
-pub(super) struct Server {
-    pub(super) address: SocketAddr,
+pub(in crate::kube) struct Server {
+    pub(in crate::kube) address: SocketAddr,
     state: Arc<Mutex<State>>,
     changes: watch::Sender<usize>,
 }
@@ -39,7 +40,7 @@ struct State {
 }
 
 impl Server {
-    pub(super) async fn start() -> Self {
+    pub(in crate::kube) async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let server = Self {
             address: listener.local_addr().unwrap(),
@@ -55,8 +56,13 @@ impl Server {
         server
     }
 
+    pub(in crate::kube) fn client(&self) -> Client {
+        let address = format!("http://{}", self.address).parse().unwrap();
+        Client::try_from(Config::new(address)).unwrap()
+    }
+
     /// Tells all who watch objects of this kind that what they saw last is too old to go on from.
-    pub(super) fn expire(&self, kind: &str) {
+    pub(in crate::kube) fn expire(&self, kind: &str) {
         let mut state = self.state.lock().unwrap();
         let event = json!({ "type": "ERROR", "object": status(410) });
         state.log.push((kind.to_owned(), event));
@@ -64,33 +70,33 @@ impl Server {
     }
 
     /// Puts an object, made or changed by others.
-    pub(super) fn put(&self, kind: &str, object: Value) {
+    pub(in crate::kube) fn put(&self, kind: &str, object: Value) {
         let mut state = self.state.lock().unwrap();
         let name = object["metadata"]["name"].as_str().unwrap().to_owned();
         state.store(kind, &name, object);
         self.changes.send_replace(state.log.len());
     }
 
-    pub(super) fn delete(&self, kind: &str, name: &str) {
+    pub(in crate::kube) fn delete(&self, kind: &str, name: &str) {
         let mut state = self.state.lock().unwrap();
         let object = state.objects.get_mut(kind).unwrap().remove(name).unwrap();
         state.note(kind, "DELETED", object);
         self.changes.send_replace(state.log.len());
     }
 
-    pub(super) fn object(&self, kind: &str, name: &str) -> Value {
+    pub(in crate::kube) fn object(&self, kind: &str, name: &str) -> Value {
         let state = self.state.lock().unwrap();
         state.objects[kind][name].clone()
     }
 
     /// Answers `code` to the next `times` requests whose method and path hold `text`.
-    pub(super) fn refuse(&self, text: &str, code: u16, times: usize) {
+    pub(in crate::kube) fn refuse(&self, text: &str, code: u16, times: usize) {
         let mut state = self.state.lock().unwrap();
         state.refused.push((text.to_owned(), code, times));
     }
 
     /// The bodies of the requests whose method and path hold `text`.
-    pub(super) fn asked(&self, text: &str) -> Vec<Value> {
+    pub(in crate::kube) fn asked(&self, text: &str) -> Vec<Value> {
         let state = self.state.lock().unwrap();
         let asked = state.asked.iter().filter(|(what, _)| what.contains(text));
         asked.map(|(_, body)| body.clone()).collect()
@@ -131,7 +137,12 @@ impl Server {
                     json!({ "kind": "List", "apiVersion": "v1", "metadata": { "resourceVersion": version }, "items": items }),
                 )
             }
-            ("GET", Some((kind, name))) => (200, state.objects[kind][name].clone()),
+            ("GET", Some((kind, name))) => {
+                match state.objects.get(kind).and_then(|all| all.get(name)) {
+                    Some(object) => (200, object.clone()),
+                    None => (404, status(404)),
+                }
+            }
             (_, Some((kind, name))) => state.patch(kind, name, &body),
             _ => unreachable!("{path}"),
         };
@@ -197,6 +208,17 @@ impl State {
             return (404, status(404));
         };
         match patch {
+            Value::Array(steps) if kind == OBJECTS => {
+                let at = |step: &Value| step["path"].as_str().unwrap().to_owned();
+                if object.pointer(&at(&steps[0])) != Some(&steps[0]["value"]) {
+                    return (422, status(422));
+                }
+                let index = at(&steps[1]).rsplit_once('/').unwrap().1.parse().unwrap();
+                object["status"]["nodes"]
+                    .as_array_mut()
+                    .unwrap()
+                    .remove(index);
+            }
             Value::Array(steps) => {
                 if object["spec"]["taints"] != steps[0]["value"] {
                     return (422, status(422));

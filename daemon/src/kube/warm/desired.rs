@@ -11,6 +11,7 @@ use weightd_core::fetch::FetchRequest;
 use weightd_core::model::{ModelRef, Patterns, Scheme};
 use weightd_core::store::Holder;
 
+use crate::kube::neighbour::{self, Neighbour};
 use crate::kube::node::{NodeView, PREFETCH};
 use crate::kube::prefetch::{ModelPrefetch, ModelPrefetchSpec, NodeStatus};
 
@@ -85,6 +86,8 @@ pub(in crate::kube) struct ObjectView {
     pub(super) own: Option<NodeStatus>,
     /// Of how many nodes its status tells.
     pub(super) nodes: usize,
+    /// Whose entry we see to.
+    pub(in crate::kube) before: Option<Neighbour>,
 }
 
 impl ObjectView {
@@ -97,6 +100,7 @@ impl ObjectView {
             uid: object.metadata.uid.unwrap_or_default(),
             spec: spec.map_err(|error| format!("this version of weightd cannot read it: {error}")),
             own: own.and_then(|own| NodeStatus::deserialize(&nodes[own]).ok()),
+            before: own.and_then(|own| neighbour::before(own, &nodes)),
             nodes: nodes.len(),
         }
     }
