@@ -182,6 +182,11 @@ impl Warm {
             Origin::Node(_) => known.node,
             Origin::Object(_) => known.objects,
         };
+        for (origin, entry) in &mut self.entries {
+            if let Some(wish) = wanted.get(origin) {
+                entry.rank_as(wish);
+            }
+        }
         let unwanted = self.entries.extract_if(.., |origin, entry| {
             is_known(origin) && wanted.get(origin) != Some(&entry.wish)
         });
@@ -373,9 +378,7 @@ impl Warm {
         // Whoever may not read the objects, or has no such kind, has none.
         let refused = self.heard.objects == Seen::Refused;
         let mut sensible = self.entries.values().filter(|entry| entry.wish.is_ok());
-        known.node
-            && (known.objects || refused)
-            && sensible.all(|entry| entry.phase == NodePhase::Ready)
+        known.node && (known.objects || refused) && sensible.all(Entry::is_settled)
     }
 }
 

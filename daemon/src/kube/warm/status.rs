@@ -63,21 +63,27 @@ pub(super) fn is_news(
     let Some(before) = before else {
         return true;
     };
-    let under_way = now.phase == NodePhase::Fetching && before.phase == NodePhase::Fetching;
-    if !under_way {
-        let same = NodeStatus {
-            updated: before.updated,
-            ..now.clone()
-        };
-        return same != *before;
+    let same = NodeStatus {
+        updated: before.updated,
+        ..now.clone()
+    };
+    if same == *before {
+        return false;
     }
-    if now.revision != before.revision {
+    let rested = age >= PROGRESS * crowd(nodes);
+    let under_way = match (before.phase, now.phase) {
+        (NodePhase::Fetching, NodePhase::Fetching) => now.revision == before.revision,
+        // An origin that is away now and then.
+        (NodePhase::Waiting, NodePhase::Waiting | NodePhase::Fetching) => return rested,
+        _ => false,
+    };
+    if !under_way {
         return true;
     }
     let done = |status: &NodeStatus| u128::try_from(status.bytes_done.unwrap_or(0)).unwrap_or(0);
     let all = u128::try_from(now.bytes.unwrap_or(0)).unwrap_or(0);
     let step = done(now).abs_diff(done(before)) * 100;
-    age >= PROGRESS * crowd(nodes) && step >= all * STEP_PERCENT && step > 0
+    rested && step >= all * STEP_PERCENT && step > 0
 }
 
 /// Writes our entry of the object `name`, or removes it.
@@ -133,6 +139,7 @@ mod tests {
     fn a_phase_is_told_at_once_and_progress_seldom() {
         let fetching = |done| entry(NodePhase::Fetching, done);
         let ready = entry(NodePhase::Ready, 1000);
+        let waiting = |done| entry(NodePhase::Waiting, done);
         let seconds = Duration::from_secs;
 
         for (now, before, age, nodes, expected) in [
@@ -144,6 +151,12 @@ mod tests {
             (&fetching(149), Some(&fetching(100)), 300, 1, false),
             (&fetching(500), Some(&fetching(100)), 30, 200, false),
             (&fetching(500), Some(&fetching(100)), 210, 200, true),
+            (&waiting(500), Some(&fetching(500)), 0, 1, true),
+            (&fetching(500), Some(&waiting(500)), 29, 1, false),
+            (&fetching(500), Some(&waiting(500)), 30, 1, true),
+            (&waiting(501), Some(&waiting(500)), 29, 1, false),
+            (&waiting(501), Some(&waiting(500)), 30, 1, true),
+            (&waiting(500), Some(&waiting(500)), 900, 1, false),
         ] {
             let told = is_news(now, before, seconds(age), nodes);
             assert_eq!(told, expected, "{now:?} after {age} s of {before:?}");

@@ -19,6 +19,9 @@ const PAUSES: (Duration, Duration) = (Duration::from_secs(5), Duration::from_sec
 /// How long our entry may be missing in what is watched, after it was written, until it is written again.
 const SETTLED: Duration = Duration::from_secs(30);
 
+/// Writes at once: with many objects, a start would else be a burst of them.
+const AT_ONCE: usize = 8;
+
 /// For how long after a write, or the start, it is not told that an entry is under way: one that is soon here is told as
 /// ready, with one write or none. For an object of many nodes in proportion longer.
 const UNDER_WAY: Duration = Duration::from_secs(5);
@@ -76,6 +79,10 @@ impl Teller {
         }
         self.told.retain(|name, _| objects.contains_key(name));
         for (name, object) in objects {
+            // The rest has its turn within a second, when some of these are done.
+            if self.writes.len() >= AT_ONCE {
+                return;
+            }
             let entry = entries.get(&Origin::Object(name.clone()));
             let status = entry.map(|entry| entry.status(&self.node.name));
             if self.told(name, object).is_news(status.as_ref(), object) {
