@@ -63,6 +63,7 @@ def the_schema_refuses_nonsense(cluster):
         "a path as a source": {"source": "/models"},
         "a source with a space": {"source": "hf://org/a model"},
         "a revision that is given twice": {"source": "hf://org/model@v1", "revision": "v2"},
+        "a branch of a bucket": {"source": "s3://bucket/prefix", "revision": "main"},
         "a selector with a wrong operator": {
             "nodeSelector": {"matchExpressions": [{"key": "a", "operator": "Near", "values": ["b"]}]}
         },
@@ -72,7 +73,7 @@ def the_schema_refuses_nonsense(cluster):
     }.items():
         with refused(what, 400, 422):
             admin.create(prefetch("nonsense", **spec))
-    return "8 kinds of it"
+    return "9 kinds of it"
 
 
 def the_custom_resource_has_defaults_and_columns(cluster):

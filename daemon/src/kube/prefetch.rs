@@ -64,6 +64,9 @@ pub const NODES_MAX: usize = 2000;
 #[x_kube(validation = Rule::new("!has(self.revision) || !self.source.contains('@')")
     .message("the revision is given twice: leave out `revision`, or the part of `source` from its @ on")
     .field_path(".revision"))]
+#[x_kube(validation = Rule::new("!has(self.revision) || !self.source.startsWith('s3://') || self.revision.matches('^[0-9a-f]{64}$')")
+    .message("a revision of an s3:// source is the 64 hex digits of an earlier prefetch: leave it out to take what is there")
+    .field_path(".revision"))]
 pub struct ModelPrefetchSpec {
     /// The model: hf://org/name or s3://bucket/prefix, with @ and a revision after it, or the revision in its own field.
     #[schemars(
