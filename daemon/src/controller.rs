@@ -145,7 +145,8 @@ pub async fn run(config: Config, replica: Replica) -> Result<(), ControllerError
     if let Some(address) = webhook {
         let listener = bind("serve the webhook at", address).await?;
         let current = Arc::clone(&controller.certificate);
-        serving.spawn(controller.certificate_origin().follow(current));
+        let metrics = Arc::clone(&controller.metrics);
+        serving.spawn(controller.certificate_origin().follow(current, metrics));
         serving.spawn(controller.answer(listener, last.clone()));
     }
     tracing::info!(pod = controller.replica.pod, "controller started");
