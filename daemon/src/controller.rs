@@ -18,6 +18,7 @@ use kube::api::Api;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use weightd_core::errors::Chain;
 use weightd_core::metrics::Metrics;
 use weightd_kube::ConnectError;
@@ -43,6 +44,9 @@ use webhook::Webhook;
 
 /// How long the webhook is answered after SIGTERM: until API servers have heard that this pod goes.
 const LAST_CALLS: Duration = Duration::from_secs(4);
+
+/// How long until it is tried again to prepare for fills: a term may last for months.
+const PREPARE_AGAIN: Duration = Duration::from_secs(60);
 
 /// Who this replica is.
 #[derive(Debug, Clone)]
@@ -76,6 +80,9 @@ pub enum ControllerError {
     /// A setting cannot be used.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// A part of it panicked.
+    #[error("cannot go on: {0} broke off")]
+    Broken(&'static str),
 }
 
 impl ControllerError {
@@ -88,6 +95,9 @@ impl ControllerError {
             ),
             Self::Connect(error) => error.hint(),
             Self::Listen { .. } => Some("choose an address that this user may serve".to_owned()),
+            Self::Broken(_) => {
+                Some("start it again, and report what it said before this as a bug".to_owned())
+            }
             Self::Config(_) => None,
         }
     }
@@ -131,29 +141,32 @@ pub async fn run(config: Config, replica: Replica) -> Result<(), ControllerError
         serving.spawn(http::serve(listener, controller.routes()));
     }
     let last = CancellationToken::new();
-    let mut webhook = None;
-    if let Some(address) = controller.config.controller.webhook {
+    let webhook = controller.config.controller.webhook;
+    if let Some(address) = webhook {
         let listener = bind("serve the webhook at", address).await?;
         let current = Arc::clone(&controller.certificate);
-        serving.spawn(controller.certificate_origin().follow(current));
-        webhook = Some(tokio::spawn(controller.answer(listener, last.clone())));
+        let metrics = Arc::clone(&controller.metrics);
+        serving.spawn(controller.certificate_origin().follow(current, metrics));
+        serving.spawn(controller.answer(listener, last.clone()));
     }
     tracing::info!(pod = controller.replica.pod, "controller started");
     let stop = CancellationToken::new();
-    let leading = tokio::spawn(Arc::clone(&controller).lead(stop.clone()));
-    signals.next().await;
+    let mut leading = JoinSet::new();
+    leading.spawn(Arc::clone(&controller).lead(stop.clone()));
+    asked_to_end(signals.next(), &mut serving, &mut leading).await?;
     tracing::info!("stopping");
     controller.stopping.store(true, Ordering::Relaxed);
     stop.cancel();
     let drain = async {
         let calls = async {
-            if let Some(webhook) = webhook {
+            if webhook.is_some() {
                 tokio::time::sleep(LAST_CALLS).await;
                 last.cancel();
-                let _ = webhook.await;
+                // The others never end.
+                let _ = serving.join_next().await;
             }
         };
-        let _ = tokio::join!(leading, calls);
+        let _ = tokio::join!(leading.join_next(), calls);
     };
     tokio::select! {
         () = drain => {}
@@ -161,6 +174,20 @@ pub async fn run(config: Config, replica: Replica) -> Result<(), ControllerError
     }
     tracing::info!("controller stopped");
     Ok(())
+}
+
+/// Waits for `signal`. Nothing ends before it by itself: what does has panicked, and a replica that answers probes and
+/// does nothing else would never be replaced.
+async fn asked_to_end(
+    signal: impl Future<Output = ()>,
+    serving: &mut JoinSet<()>,
+    leading: &mut JoinSet<()>,
+) -> Result<(), ControllerError> {
+    tokio::select! {
+        () = signal => Ok(()),
+        Some(_) = serving.join_next() => Err(ControllerError::Broken("what answers others")),
+        Some(_) = leading.join_next() => Err(ControllerError::Broken("what leads")),
+    }
 }
 
 async fn bind(op: &'static str, address: SocketAddr) -> Result<TcpListener, ControllerError> {
@@ -173,6 +200,17 @@ async fn bind(op: &'static str, address: SocketAddr) -> Result<TcpListener, Cont
     let address = listener.local_addr().map_err(failed)?;
     tracing::info!(%address, "ready to {op}");
     Ok(listener)
+}
+
+/// Does `work` in a task of its own: a busy moment of it must not keep the lease from being renewed. It ends when what
+/// is returned is dropped.
+async fn apart(work: impl Future<Output = ()> + Send + 'static) {
+    let task = AbortOnDropHandle::new(tokio::spawn(work));
+    if let Err(error) = task.await
+        && error.is_panic()
+    {
+        std::panic::resume_unwind(error.into_panic());
+    }
 }
 
 impl Controller {
@@ -235,7 +273,7 @@ impl Controller {
             .run(
                 stop,
                 |leads| self.metrics.leads(leads),
-                |term| Arc::clone(&self).work(term),
+                |term| apart(Arc::clone(&self).work(term)),
             )
             .await;
     }
@@ -272,12 +310,19 @@ impl Controller {
             );
             return;
         };
-        let (client, metrics) = (self.client.clone(), Arc::clone(&self.metrics));
-        let pending = Pending::new(&self.config, tier, client, &self.replica.pod, metrics, term);
-        match pending.await {
-            Ok(pending) => pending.run(self.client.clone()).await,
-            Err(error) => {
-                tracing::error!(error = %Chain(&error), "nothing is filled for pods without a node");
+        loop {
+            let (client, metrics) = (self.client.clone(), Arc::clone(&self.metrics));
+            let (tier, until) = (tier.clone(), term.clone());
+            let pod = &self.replica.pod;
+            match Pending::new(&self.config, tier, client, pod, metrics, until).await {
+                Ok(pending) => return pending.run(self.client.clone()).await,
+                Err(error) => {
+                    tracing::error!(error = %Chain(&error), "nothing is filled for pods without a node, trying again");
+                }
+            }
+            let pause = tokio::time::sleep(PREPARE_AGAIN);
+            if term.run_until_cancelled(pause).await.is_none() {
+                return;
             }
         }
     }
@@ -289,5 +334,50 @@ impl Controller {
             .into_iter()
             .chain(settings.certificate_names.clone())
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_part_that_panics_ends_the_process() {
+        let (mut serving, mut leading) = (JoinSet::new(), JoinSet::new());
+        serving.spawn(std::future::pending());
+        leading.spawn(apart(async { panic!("as the test wants it") }));
+
+        let ended = asked_to_end(std::future::pending(), &mut serving, &mut leading).await;
+
+        let error = ended.expect_err("it went on");
+        assert!(
+            matches!(error, ControllerError::Broken("what leads")),
+            "{error}"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_signal_ends_it_without_an_error() {
+        let mut serving = JoinSet::new();
+        serving.spawn(std::future::pending());
+        let ended = asked_to_end(std::future::ready(()), &mut serving, &mut JoinSet::new()).await;
+        ended.expect("it was asked to end");
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn work_that_is_busy_keeps_nothing_else_waiting() {
+        const BUSY: Duration = Duration::from_millis(500);
+        let mut work = std::pin::pin!(apart(async { std::thread::sleep(BUSY) }));
+        let began = Instant::now();
+
+        tokio::select! {
+            biased;
+            () = &mut work => panic!("it was waited for"),
+            () = tokio::time::sleep(Duration::from_millis(10)) => {}
+        }
+
+        assert!(began.elapsed() < BUSY, "{:?}", began.elapsed());
     }
 }

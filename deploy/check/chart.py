@@ -171,6 +171,19 @@ def good_values():
             conventions(rendered)
 
 
+def tokens():
+    """The controller, which others reach over the network, has the Hub token only where it may use it."""
+    plain = "controller.enabled=true,hf.tokenSecret.name=hub"
+    for value, expected in ((plain, {"weightd-node"}),
+                            (f"{plain},config.controller.own_credentials=true", {"weightd-node", "weightd-controller"})):
+        rendered = objects(template("--set", value).stdout)
+        has = {owner for owner, pod in pods(rendered) if any(v["name"] == "hf-token" for v in pod["spec"]["volumes"])}
+        check(f"--set {value}: pods with the token", has == expected, has)
+        maps = (one for one in of_kind(rendered, "ConfigMap") if "token_file" in one["data"].get("weightd.toml", ""))
+        told = {one["metadata"]["name"].replace("config", "node") for one in maps}
+        check(f"--set {value}: settings with the token", told == expected, told)
+
+
 def bad_values():
     """Values that are refused, with a word of what is said."""
     refused = {
@@ -185,6 +198,7 @@ def bad_values():
         "config.shared.root=/x": "shared",
         "config.controller.webhook=x": "injection",
         "shared.claim=x": "shared.enabled",
+        "controller.scratch.emptyDir.medium=x,controller.scratch.hostPath.path=/x": "scratch",
         "image.digest=latest": "digest",
         "metrics.port=99999": "port",
     }
@@ -248,6 +262,7 @@ def manifests():
 
 good_values()
 bad_values()
+tokens()
 manifests()
 if failed:
     sys.exit(f"check: {failed} failed")

@@ -42,12 +42,13 @@ def described():
 
 # What scraping adds, and what other programs of a cluster have.
 SCRAPED = {"weightd", "namespace", "pod", "node", "le"}
-OTHERS = {"up", "kube_daemonset_status_number_unavailable", "kube_pod_container_status_restarts_total"}
+OTHERS = {"up", "kube_daemonset_status_number_unavailable", "kube_pod_container_status_restarts_total",
+          "apiserver_admission_webhook_fail_open_count"}
 MATCHER = re.compile(r'(\w+)(=~|!=|!~|=)"([^"]*)"')
 
 
 def query(where, expression, metrics):
-    names = re.findall(r"\b(weightd_\w+|kube_\w+|up)\b", expression)
+    names = re.findall(r"\b(weightd_\w+|kube_\w+|apiserver_\w+|up)\b", expression)
     check(f"{where}: it asks for a metric", names, expression)
     for name in names:
         check(f"{where}: {name} exists", name in metrics or name in OTHERS, sorted(metrics))

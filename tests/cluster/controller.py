@@ -118,6 +118,15 @@ def questions():
         "relative path": shaped("relative", {**model, "weightd.io/mount-path": "weights"}),
         "path upwards": shaped("upwards", {**model, "weightd.io/mount-path": "/a/../b"}),
         "no Secret's name": shaped("no-secret", {**model, "weightd.io/secret": "Not A Name"}),
+        "a Secret's name with two dots": shaped("two-dots", {**model, "weightd.io/secret": "a..b"}),
+        "for Windows": shaped("windows", model, os={"name": "windows"}),
+        "selects Windows": shaped("selects-windows", model, nodeSelector={"kubernetes.io/os": "windows"}),
+        "a device in the way": shaped("device", model, volumes=[
+            {"name": "disk", "persistentVolumeClaim": {"claimName": "disk"}}], containers=[
+            container("main", volumeDevices=[{"name": "disk", "devicePath": "/models"}]), container("other")]),
+        "our volume, mounted elsewhere": shaped("mounted-elsewhere", cache, volumes=[
+            {**own, "name": "weightd-model"}], containers=[
+            container("main", volumeMounts=[{"name": "weightd-model", "mountPath": "/m"}]), container("other")]),
         "no model": shaped("no-model", {"weightd.io/model": "org/model"}),
         "blank": shaped("blank", {"weightd.io/model": " "}),
         "another volume of the name": shaped("taken", model, volumes=[{"name": "weightd-model", "emptyDir": {}}]),
@@ -221,7 +230,13 @@ def a_pod_gets_what_it_asks_for(controller):
     prepare, sidecar = controller.answered["sidecar"]["spec"]["initContainers"]
     same("mounts of init containers", ("volumeMounts" in prepare, sidecar.get("volumeMounts")), (False, [mount]))
     same("author's preference", preferences(controller.answered["affinity"]["spec"])[0][0], 5)
-    for what in ["own volume", "relative path", "path upwards", "blank", "another volume of the name"]:
+    same("Secret of a name that there is not", "nodePublishSecretRef" in volume_of(
+        controller.answered["a Secret's name with two dots"])["csi"], False)
+    main, other = controller.answered["our volume, mounted elsewhere"]["spec"]["containers"]
+    caches = [{one["name"]: one["value"] for one in each["env"]}["HF_HUB_CACHE"] for each in (main, other)]
+    same("caches where the author mounts the volume, and where not", caches, ["/m", "/models"])
+    for what in ["own volume", "relative path", "path upwards", "blank", "another volume of the name", "for Windows",
+                 "selects Windows"]:
         same(what, controller.answered[what], controller.unanswered[what])
     same("model without a label", "affinity" in controller.answered["long name"]["spec"], False)
     return f"volume, mounts, environment, preference; {len(asked)} kinds of pods"

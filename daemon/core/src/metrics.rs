@@ -66,6 +66,7 @@ describe! {
     "weightd_shared_written_bytes_total" "counter" "" "Bytes written to the shared tier";
     "weightd_shared_failures_total" "counter" "reason: away, unwritable, damaged, write" "Times that the shared tier was left out, could not be written, held damaged bytes, did not take a segment";
     "weightd_leader" "gauge" "" "Of `weightd controller`: 1 while it is the one that does what only one may do";
+    "weightd_certificate_end_seconds" "gauge" "" "Of `weightd controller`: when the certificate that the webhook serves ends, in seconds since 1970; 0 if there is none";
     "weightd_admission_total" "counter" "outcome: injected, unchanged, warned, invalid" "Of `weightd controller`: pods that the webhook was asked about; warned are those whose author is told of a mistake";
     "weightd_pending_fills_total" "counter" "outcome: filled, there, unshareable, denied, failed, stopped" "Of `weightd controller`: models that pods without a node wait for";
 }
@@ -176,6 +177,7 @@ pub struct Metrics {
     shared_written: Counter,
     shared_failures: Family<OfReason, Counter>,
     leader: Gauge,
+    certificate_end: Gauge,
     admissions: Family<OfOutcome, Counter>,
     pending_fills: Family<OfOutcome, Counter>,
 }
@@ -228,6 +230,7 @@ impl Default for Metrics {
             shared_written: Counter::default(),
             shared_failures: Family::default(),
             leader: Gauge::default(),
+            certificate_end: Gauge::default(),
             admissions: Family::default(),
             pending_fills: Family::default(),
         };
@@ -284,6 +287,7 @@ impl Metrics {
             "weightd_shared_written_bytes_total" shared_written;
             "weightd_shared_failures_total" shared_failures;
             "weightd_leader" leader;
+            "weightd_certificate_end_seconds" certificate_end;
             "weightd_admission_total" admissions;
             "weightd_pending_fills_total" pending_fills;
         }
@@ -392,6 +396,11 @@ impl Metrics {
     /// Shows whether this controller leads.
     pub fn leads(&self, leads: bool) {
         self.leader.set(leads.into());
+    }
+
+    /// Shows when the webhook's certificate ends, in seconds since 1970.
+    pub fn certificate_ends(&self, seconds: i64) {
+        self.certificate_end.set(seconds);
     }
 
     /// Counts a pod that the webhook was asked about: `injected`, `unchanged`, `warned` or `invalid`.

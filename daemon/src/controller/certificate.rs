@@ -22,8 +22,10 @@ use serde_json::json;
 use tokio::time::sleep;
 use weightd_core::blocking;
 use weightd_core::errors::Chain;
+use weightd_core::metrics::Metrics;
 use weightd_kube::Cause;
 
+mod end;
 mod made;
 
 pub(super) use made::Made;
@@ -82,6 +84,14 @@ impl Current {
         self.get().is_some()
     }
 
+    /// When it ends, in seconds since 1970; 0 if there is none.
+    fn ends(&self) -> i64 {
+        let key = self.get();
+        let leaf = key.as_ref().and_then(|key| key.cert.first());
+        leaf.and_then(|leaf| end::end(leaf))
+            .map_or(0, |end| end.as_second())
+    }
+
     fn get(&self) -> Option<Arc<CertifiedKey>> {
         self.0
             .read()
@@ -124,7 +134,7 @@ pub(super) enum Origin {
 
 impl Origin {
     /// Serves in `current` what is there, now and after each change, until it is dropped.
-    pub(super) async fn follow(self, current: Arc<Current>) {
+    pub(super) async fn follow(self, current: Arc<Current>, metrics: Arc<Metrics>) {
         let mut last = None;
         let mut told = String::new();
         loop {
@@ -132,6 +142,7 @@ impl Origin {
                 Ok(found) if last.as_ref() == Some(&found) => {}
                 Ok(found) => match current.set(&self.to_string(), &found.0, &found.1) {
                     Ok(()) => {
+                        metrics.certificate_ends(current.ends());
                         tracing::info!(from = %self, "serving a new certificate");
                         last = Some(found);
                         told.clear();

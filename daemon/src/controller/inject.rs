@@ -54,29 +54,18 @@ struct Wanted<'a> {
 /// [`Misshapen`] if it is no pod.
 pub(super) fn inject(pod: &Value, driver: &str) -> Result<Injected, Misshapen> {
     let mut injected = Injected::default();
-    let annotations = pod.pointer("/metadata/annotations");
-    let annotation = |key: &str| {
-        let text = annotations?.get(key)?.as_str()?.trim();
-        (!text.is_empty()).then_some(text)
-    };
+    let annotation = |key: &str| annotation(pod, key);
     let Some(model) = annotation(MODEL).filter(|_| annotation(MIRROR).is_none()) else {
         return Ok(injected);
     };
-    let written = volumes(pod).filter(|volume| csi(volume, driver).is_some());
-    let mut others = written.filter(|volume| volume["name"] != VOLUME);
-    let shown = |volume: &Value| {
-        let name = volume["name"].as_str().unwrap_or_default();
-        let attribute = volume["csi"]["volumeAttributes"]["source"].as_str();
-        match attribute.filter(|source| !source.is_empty()) {
-            Some(source) => source == model,
-            None => annotation(&format!("weightd.io/volume.{name}")).is_none(),
-        }
-    };
-    if others.any(shown) {
-        // The author has written the volume, and mounts it where it is wanted.
+    if is_written(pod, driver, model) {
         return Ok(injected);
     }
     let mut warn = |text: String| injected.warnings.push(shortened(&text));
+    if is_for_windows(pod) {
+        warn("weightd serves nodes with Linux; the pod gets no model".to_owned());
+        return Ok(injected);
+    }
     let path = annotation(MOUNT_PATH).unwrap_or("/models");
     let Some(path) = mount_path(path) else {
         warn(format!(
@@ -114,6 +103,34 @@ pub(super) fn inject(pod: &Value, driver: &str) -> Result<Injected, Misshapen> {
     complete(&mut next, &wanted, driver, &mut warn)?;
     injected.pod = (next != *pod).then_some(next);
     Ok(injected)
+}
+
+fn annotation<'a>(pod: &'a Value, key: &str) -> Option<&'a str> {
+    let annotations = pod.pointer("/metadata/annotations")?;
+    let text = annotations.get(key)?.as_str()?.trim();
+    (!text.is_empty()).then_some(text)
+}
+
+/// Whether the author has written the volume, and mounts it where it is wanted.
+fn is_written(pod: &Value, driver: &str, model: &str) -> bool {
+    let written = volumes(pod).filter(|volume| csi(volume, driver).is_some());
+    let mut others = written.filter(|volume| volume["name"] != VOLUME);
+    others.any(|volume| {
+        let name = volume["name"].as_str().unwrap_or_default();
+        let attribute = volume["csi"]["volumeAttributes"]["source"].as_str();
+        match attribute.filter(|source| !source.is_empty()) {
+            Some(source) => source == model,
+            None => annotation(pod, &format!("weightd.io/volume.{name}")).is_none(),
+        }
+    })
+}
+
+fn is_for_windows(pod: &Value) -> bool {
+    let said = [
+        pod.pointer("/spec/os/name"),
+        pod.pointer("/spec/nodeSelector/kubernetes.io~1os"),
+    ];
+    said.into_iter().flatten().any(|os| os == "windows")
 }
 
 fn check_layout(wanted: &Wanted<'_>, warn: &mut impl FnMut(String)) {
@@ -186,30 +203,35 @@ fn complete_container(
     let container = container.as_object_mut().ok_or(WHAT)?;
     let name = container.get("name").and_then(Value::as_str);
     let name = name.unwrap_or_default().to_owned();
-    let mounts = list(container, "volumeMounts").ok_or(WHAT)?;
-    let has = mounts.iter().any(|mount| mount["name"] == VOLUME);
-    if !has {
+    let array = |key| container.get(key).and_then(Value::as_array);
+    let mounts = array("volumeMounts").map_or(&[][..], Vec::as_slice);
+    let devices = array("volumeDevices").map_or(&[][..], Vec::as_slice);
+    let own = mounts.iter().find(|mount| mount["name"] == VOLUME);
+    let path = own.map(|own| own["mountPath"].as_str().unwrap_or(wanted.path).to_owned());
+    if path.is_none() {
         // A mount below ours would need a directory that is made in a read-only volume.
         let below = format!("{}/", wanted.path);
-        let in_the_way = |path: &&str| **path == *wanted.path || path.starts_with(&below);
-        let paths = mounts
-            .iter()
-            .filter_map(|mount| mount["mountPath"].as_str());
-        if let Some(path) = paths
-            .map(|path| path.trim_end_matches('/'))
-            .find(in_the_way)
-        {
+        let in_the_way = |path: &&str| *path == wanted.path || path.starts_with(&below);
+        let found = paths(mounts, "mountPath").find(in_the_way);
+        if let Some(path) = found.or_else(|| paths(devices, "devicePath").find(in_the_way)) {
             warn(format!(
-                "container `{name}` mounts something else at {path}; it gets no model"
+                "container `{name}` has something else at {path}; it gets no model"
             ));
             return Ok(());
         }
+        let mounts = list(container, "volumeMounts").ok_or(WHAT)?;
         mounts.push(json!({ "name": VOLUME, "mountPath": wanted.path, "readOnly": true }));
     }
+    let path = path.as_deref().unwrap_or(wanted.path);
     if wanted.layout == Some("hf-cache") {
-        return name_cache(container, wanted.path).ok_or(WHAT);
+        return name_cache(container, path).ok_or(WHAT);
     }
     Ok(())
+}
+
+fn paths<'a>(list: &'a [Value], key: &'a str) -> impl Iterator<Item = &'a str> {
+    let paths = list.iter().filter_map(move |one| one[key].as_str());
+    paths.map(|path| path.trim_end_matches('/'))
 }
 
 /// Tells the Hub's client where the cache is, and that there is nothing else: it could not write to it.
@@ -297,14 +319,17 @@ fn mount_path(path: &str) -> Option<&str> {
     good.then_some(path)
 }
 
+/// Whether the API server takes it for a Secret's name: else it would refuse the pod.
+///
 /// Source: Kubernetes, "Object Names and IDs", DNS subdomain names.
 fn is_name(name: &str) -> bool {
-    let allowed = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, b'-' | b'.');
-    let edge = |c: Option<u8>| c.is_some_and(|c| c.is_ascii_alphanumeric());
-    name.len() <= 253
-        && name.bytes().all(allowed)
-        && edge(name.bytes().next())
-        && edge(name.bytes().last())
+    let allowed = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'-';
+    let edge = |c: Option<&u8>| c.is_some_and(u8::is_ascii_alphanumeric);
+    let is_label = |label: &str| {
+        let label = label.as_bytes();
+        label.iter().copied().all(allowed) && edge(label.first()) && edge(label.last())
+    };
+    name.len() <= 253 && name.split('.').all(is_label)
 }
 
 /// Fit for a line that the API server hands to the client.

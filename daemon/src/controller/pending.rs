@@ -10,10 +10,10 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::{ObjectReference, PersistentVolume, Pod};
+use kube::Client;
 use kube::api::Api;
 use kube::runtime::WatchStreamExt;
-use kube::runtime::watcher::{self, Event, watcher};
-use kube::{Client, Resource, ResourceExt};
+use kube::runtime::watcher::{self, watcher};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, interval};
@@ -25,21 +25,23 @@ use weightd_kube::Cause;
 use crate::config::Config;
 
 mod fill;
+mod pods;
 mod tell;
 mod wish;
 
-use fill::{Ended, Filler, FillerError, Now};
+use fill::{Ended, Filler, FillerError, Now, Refusal};
+use pods::{News, Pods, Wanted};
 use tell::{Teller, Word};
-use wish::{Asker, Claims, Waiting, Wish};
+use wish::{Asker, Waiting, Wish};
 
 /// Pods of one answer to a list: they come with all their environment, and most are let go at once.
 const PAGE: u32 = 100;
 
-/// Pods that are kept in mind. More of them wait without us.
-const PODS_MAX: usize = 20_000;
+/// Models that are wanted, filled or not.
+const MODELS_MAX: usize = 1_000;
 
-/// Models that are wanted and not filled yet.
-const QUEUE_MAX: usize = 1_000;
+/// Those of one namespace: others find room whatever it does.
+const OF_ONE_MAX: usize = MODELS_MAX / 4;
 
 /// How often the queue is looked at when nothing happens.
 const LOOK: Duration = Duration::from_secs(5);
@@ -67,13 +69,10 @@ pub(super) struct Pending {
     filler: Arc<Filler>,
     teller: Teller,
     metrics: Arc<Metrics>,
-    driver: String,
     at_once: usize,
-    /// By uid.
-    pods: HashMap<String, Waiting>,
-    claims: Claims,
-    fills: HashMap<Wish, Fill>,
-    running: JoinSet<(Wish, Ended)>,
+    pods: Pods,
+    fills: HashMap<Arc<Wish>, Fill>,
+    running: JoinSet<(Arc<Wish>, Ended)>,
     /// Pods have come or gone since the last look.
     changed: bool,
     term: CancellationToken,
@@ -104,13 +103,6 @@ enum State {
     },
 }
 
-/// What the streams say.
-#[allow(clippy::large_enum_variant, reason = "there is one at a time")]
-enum News {
-    Pod(Event<Pod>),
-    Volume(Event<PersistentVolume>),
-}
-
 impl Pending {
     /// Fills `tier` as the configuration says, in the name of the replica `pod`.
     pub(super) async fn new(
@@ -125,10 +117,8 @@ impl Pending {
             filler: Arc::new(Filler::new(config, tier, Arc::clone(&metrics)).await?),
             teller: Teller::new(client, pod),
             metrics,
-            driver: config.kubernetes.driver.clone(),
             at_once: config.controller.fills,
-            pods: HashMap::new(),
-            claims: Claims::new(),
+            pods: Pods::new(config.kubernetes.driver.clone()),
             fills: HashMap::new(),
             running: JoinSet::new(),
             changed: false,
@@ -149,7 +139,6 @@ impl Pending {
         let mut news = futures::stream::select(pods, volumes);
         let (mut looks, mut looked) = (interval(REST), Instant::now());
         looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut listed = HashSet::new();
         let mut failing = false;
         loop {
             let term = self.term.clone();
@@ -158,7 +147,7 @@ impl Pending {
                 Some(event) = news.next() => match event {
                     Ok(event) => {
                         failing = false;
-                        self.hear(event, &mut listed);
+                        self.changed |= self.pods.hear(event);
                     }
                     Err(error) if !failing => {
                         failing = true;
@@ -181,69 +170,10 @@ impl Pending {
         while self.running.join_next().await.is_some() {}
     }
 
-    fn hear(&mut self, news: News, listed: &mut HashSet<String>) {
-        match news {
-            News::Pod(Event::Init) => listed.clear(),
-            News::Pod(Event::InitApply(pod)) => {
-                listed.extend(pod.uid());
-                self.keep(&pod);
-            }
-            News::Pod(Event::InitDone) => {
-                self.pods.retain(|uid, _| listed.contains(uid));
-                listed.clear();
-                self.changed = true;
-            }
-            News::Pod(Event::Apply(pod)) => self.keep(&pod),
-            // It is gone, or has got a node: then it is that node's daemon's.
-            News::Pod(Event::Delete(pod)) => {
-                self.pods.remove(&pod.uid().unwrap_or_default());
-            }
-            News::Volume(Event::InitApply(volume) | Event::Apply(volume)) => {
-                if let Some((claim, volume)) = wish::claim(&volume, &self.driver) {
-                    self.claims.insert(claim, volume);
-                    self.changed = true;
-                }
-            }
-            News::Volume(Event::Delete(volume)) => {
-                if let Some((claim, _)) = wish::claim(&volume, &self.driver) {
-                    self.claims.remove(&claim);
-                }
-            }
-            News::Volume(Event::Init | Event::InitDone) => {}
-        }
-    }
-
-    /// Keeps what concerns us of a pod.
-    fn keep(&mut self, pod: &Pod) {
-        let Some(uid) = pod.uid() else { return };
-        let going = pod.meta().deletion_timestamp.is_some();
-        let room = self.pods.len() < PODS_MAX || self.pods.contains_key(&uid);
-        match Waiting::of(pod, &self.driver).filter(|_| !going && room) {
-            Some(waiting) => {
-                self.pods.insert(uid, waiting);
-            }
-            None => {
-                self.pods.remove(&uid);
-            }
-        }
-        self.changed = true;
-    }
-
-    /// Who wants what now.
-    fn wanted(&self) -> HashMap<Wish, Vec<(String, Asker)>> {
-        let mut wanted: HashMap<Wish, Vec<(String, Asker)>> = HashMap::new();
-        for (uid, pod) in &self.pods {
-            for (wish, asker) in pod.wishes(&self.claims) {
-                wanted.entry(wish).or_default().push((uid.clone(), asker));
-            }
-        }
-        wanted
-    }
-
     /// Compares what is wanted with what is done about it.
     fn look(&mut self) {
         self.changed = false;
-        let (wanted, now) = (self.wanted(), Instant::now());
+        let (wanted, now) = (self.pods.wanted(), Instant::now());
         self.fills.retain(|wish, fill| match &fill.state {
             _ if wanted.contains_key(wish) => true,
             State::Queued => false,
@@ -257,12 +187,31 @@ impl Pending {
             }
             State::Done { until, .. } => now < *until,
         });
-        for (wish, who) in &wanted {
-            let full = self.fills.len() >= QUEUE_MAX;
-            if full && !self.fills.contains_key(wish) {
-                continue;
+        self.take_in(&wanted, now);
+        while self.running.len() < self.at_once && self.begin(&wanted) {}
+        self.tell_begun(&wanted);
+    }
+
+    /// Remembers who wants what, as far as there is room.
+    fn take_in(&mut self, wanted: &Wanted, now: Instant) {
+        let mut counts: HashMap<&str, usize> = HashMap::new();
+        for wish in self.fills.keys() {
+            for namespace in namespaces(wanted.get(wish).map_or(&[], Vec::as_slice)) {
+                *counts.entry(namespace).or_default() += 1;
             }
-            let fill = self.fills.entry(wish.clone()).or_insert_with(|| Fill {
+        }
+        for (wish, who) in wanted {
+            if !self.fills.contains_key(wish) {
+                let whose = namespaces(who);
+                let has_room = |one: &&str| counts.get(one).is_none_or(|count| *count < OF_ONE_MAX);
+                if self.fills.len() >= MODELS_MAX || !whose.iter().any(has_room) {
+                    continue;
+                }
+                for namespace in whose {
+                    *counts.entry(namespace).or_default() += 1;
+                }
+            }
+            let fill = self.fills.entry(Arc::clone(wish)).or_insert_with(|| Fill {
                 state: State::Queued,
                 since: now,
                 wanted: now,
@@ -279,12 +228,10 @@ impl Pending {
                 }
             }
         }
-        while self.running.len() < self.at_once && self.begin(&wanted) {}
-        self.tell_begun(&wanted);
     }
 
     /// Begins with the next one of the queue, if there is one.
-    fn begin(&mut self, wanted: &HashMap<Wish, Vec<(String, Asker)>>) -> bool {
+    fn begin(&mut self, wanted: &Wanted) -> bool {
         let mut busy: HashMap<&str, usize> = HashMap::new();
         for fill in self.fills.values() {
             if let State::Running { askers, .. } = &fill.state {
@@ -293,7 +240,7 @@ impl Pending {
                 }
             }
         }
-        let load = |wish: &Wish| {
+        let load = |wish: &Arc<Wish>| {
             let askers = wanted.get(wish).into_iter().flatten();
             let loads =
                 askers.map(|(_, asker)| busy.get(asker.namespace.as_str()).copied().unwrap_or(0));
@@ -304,7 +251,7 @@ impl Pending {
             .iter()
             .filter(|(_, fill)| matches!(fill.state, State::Queued));
         let next = queued.min_by_key(|(wish, fill)| (load(wish), fill.since));
-        let Some(wish) = next.map(|(wish, _)| wish.clone()) else {
+        let Some(wish) = next.map(|(wish, _)| Arc::clone(wish)) else {
             return false;
         };
         let mut askers: Vec<Asker> = Vec::new();
@@ -315,7 +262,7 @@ impl Pending {
         }
         let (stop, (report, now)) = (self.term.child_token(), watch::channel(Now::default()));
         let (filler, until) = (Arc::clone(&self.filler), stop.clone());
-        let (model, who) = (wish.clone(), askers.clone());
+        let (model, who) = (Arc::clone(&wish), askers.clone());
         self.running.spawn(async move {
             let ended = filler.fill(&model, &who, &report, &until).await;
             (model, ended)
@@ -326,7 +273,7 @@ impl Pending {
     }
 
     /// Tells the pods that a fill is for them, as soon as there is something to tell.
-    fn tell_begun(&mut self, wanted: &HashMap<Wish, Vec<(String, Asker)>>) {
+    fn tell_begun(&mut self, wanted: &Wanted) {
         for (wish, fill) in &mut self.fills {
             let State::Running { now, .. } = &fill.state else {
                 continue;
@@ -349,25 +296,29 @@ impl Pending {
 
     /// What has come of a fill.
     fn end(&mut self, wish: &Wish, ended: Ended) {
-        let outcome = match &ended {
-            Ended::Filled(_) => "filled",
-            Ended::There(_) => "there",
-            Ended::Unshareable(_) => "unshareable",
-            Ended::Denied(_) => "denied",
-            Ended::Failed(_) => "failed",
-            Ended::Stopped => "stopped",
+        let (outcome, why) = match &ended {
+            Ended::Filled(text) => ("filled", text.as_str()),
+            Ended::There(text) => ("there", text.as_str()),
+            Ended::Unshareable(text) => ("unshareable", text.as_str()),
+            Ended::Denied(refusals) => (
+                "denied",
+                refusals.first().map_or("", |first| first.text.as_str()),
+            ),
+            Ended::Failed(text) => ("failed", text.as_str()),
+            Ended::Stopped => ("stopped", ""),
         };
         self.metrics.pending_fill(outcome);
-        tracing::info!(model = %wish.model, outcome, "fill for pods without a node ended");
-        let now = Instant::now();
+        tracing::info!(model = %wish.model, outcome, why, "fill for pods without a node ended");
+        // There is room for the next one. Not at once: who asks for what is refused in no time would keep us busy.
+        self.changed = true;
         let (text, word, pause) = match ended {
             Ended::Filled(text) | Ended::There(text) => (text, Word::Done, GOOD_FOR),
-            Ended::Unshareable(text) => (text, Word::Not, GOOD_FOR),
+            Ended::Unshareable(text) => (text, Word::Left, GOOD_FOR),
             Ended::Failed(text) => (text, Word::Not, TRY_AGAIN),
             Ended::Denied(refusals) => return self.refuse(wish, refusals),
             Ended::Stopped => {
                 self.fills.remove(wish);
-                return self.look();
+                return;
             }
         };
         let uids = self.told_first(wish);
@@ -377,33 +328,30 @@ impl Pending {
             }
         }
         if let Some(fill) = self.fills.get_mut(wish) {
-            let until = now + pause;
+            let until = Instant::now() + pause;
             fill.state = State::Done { until, tried: None };
         }
-        self.look();
     }
 
-    fn refuse(&mut self, wish: &Wish, refusals: Vec<(Asker, String)>) {
-        for (asker, text) in &refusals {
-            let having = self.pods.iter().filter(|(_, pod)| {
-                let wishes = pod.wishes(&self.claims);
-                wishes
-                    .iter()
-                    .any(|(one, whose)| one == wish && whose == asker)
-            });
+    fn refuse(&mut self, wish: &Wish, refusals: Vec<Refusal>) {
+        for refusal in &refusals {
+            let word = match refusal.expected {
+                true => Word::Left,
+                false => Word::Not,
+            };
+            let having = self.pods.wanting(wish, Some(&refusal.asker));
             for (uid, pod) in having.take(TOLD_MAX) {
-                self.teller.tell(&reference(uid, pod), Word::Not, text);
+                self.teller.tell(&reference(uid, pod), word, &refusal.text);
             }
         }
         if let Some(fill) = self.fills.get_mut(wish) {
-            let tried = refusals.into_iter().map(|(asker, _)| asker).collect();
+            let tried = refusals.into_iter().map(|refusal| refusal.asker).collect();
             let until = Instant::now() + GOOD_FOR;
             fill.state = State::Done {
                 until,
                 tried: Some(tried),
             };
         }
-        self.look();
     }
 
     /// The pods that are told how it ended: those who were told that it began, else the first.
@@ -413,10 +361,14 @@ impl Pending {
         if let Some(told) = told {
             return told.iter().cloned().collect();
         }
-        let wants = |pod: &Waiting| pod.wishes(&self.claims).iter().any(|(one, _)| one == wish);
-        let having = self.pods.iter().filter(|(_, pod)| wants(pod));
+        let having = self.pods.wanting(wish, None);
         having.take(TOLD_MAX).map(|(uid, _)| uid.clone()).collect()
     }
+}
+
+fn namespaces(who: &[(String, Asker)]) -> HashSet<&str> {
+    let all = who.iter().map(|(_, asker)| asker.namespace.as_str());
+    all.collect()
 }
 
 fn reference(uid: &str, pod: &Waiting) -> ObjectReference {

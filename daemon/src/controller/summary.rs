@@ -8,6 +8,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::Node;
 use kube::api::{Api, Patch, PatchParams};
+use kube::core::DeserializeGuard;
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Client, ResourceExt};
@@ -82,7 +83,8 @@ impl Told {
 
 /// What the streams say.
 enum News {
-    Object(Box<Event<ModelPrefetch>>),
+    /// One that cannot be read must not keep the others from being watched.
+    Object(Box<Event<DeserializeGuard<ModelPrefetch>>>),
     Node(Box<Event<Name>>),
 }
 
@@ -116,13 +118,21 @@ impl Board {
             News::Object(event) => match *event {
                 Event::Init => self.listed_objects.clear(),
                 Event::InitApply(object) => {
-                    self.listed_objects
-                        .insert(object.name_any(), Told::of(&object));
+                    if let Ok(object) = object.0 {
+                        let told = Told::of(&object);
+                        self.listed_objects.insert(object.name_any(), told);
+                    }
                 }
                 Event::InitDone => self.objects = std::mem::take(&mut self.listed_objects),
-                Event::Apply(object) => {
-                    self.objects.insert(object.name_any(), Told::of(&object));
-                }
+                Event::Apply(object) => match object.0 {
+                    Ok(object) => {
+                        self.objects.insert(object.name_any(), Told::of(&object));
+                    }
+                    Err(object) => {
+                        self.objects
+                            .remove(object.metadata.name.as_deref().unwrap_or_default());
+                    }
+                },
                 Event::Delete(object) => {
                     self.objects.remove(&object.name_any());
                 }
@@ -198,7 +208,8 @@ fn prune(told: &Told, gone: &BTreeSet<String>) -> Value {
 /// Writes until it is dropped.
 pub(super) async fn run(client: Client) {
     let objects: Api<ModelPrefetch> = Api::all(client.clone());
-    let of_objects = watcher(objects.clone(), watcher::Config::default().page_size(PAGE));
+    let readable: Api<DeserializeGuard<ModelPrefetch>> = Api::all(client.clone());
+    let of_objects = watcher(readable, watcher::Config::default().page_size(PAGE));
     let of_objects = of_objects
         .default_backoff()
         .map(|one| one.map(Box::new).map(News::Object));
@@ -282,6 +293,10 @@ mod tests {
             "spec": { "source": "hf://org/model" },
             "status": { "summary": summary, "nodes": nodes },
         });
+        apply(object)
+    }
+
+    fn apply(object: Value) -> News {
         News::Object(Box::new(Event::Apply(
             serde_json::from_value(object).unwrap(),
         )))
@@ -319,6 +334,19 @@ mod tests {
         board.written.clear();
         board.hear(object("2", Some("1/1 ready"), &[("a", "Ready")]));
         assert_eq!(board.steps(now), []);
+    }
+
+    #[test]
+    fn an_object_that_cannot_be_read_is_left_alone() {
+        let mut board = Board::default();
+        board.hear(object("1", None, &[("a", "Ready")]));
+        let odd = json!({
+            "apiVersion": "weightd.io/v1alpha1", "kind": "ModelPrefetch",
+            "metadata": { "name": "it", "uid": "u", "resourceVersion": "2" },
+            "spec": { "source": ["of tomorrow"] },
+        });
+        board.hear(apply(odd));
+        assert_eq!(board.steps(Instant::now()), []);
     }
 
     #[test]

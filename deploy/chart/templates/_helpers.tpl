@@ -41,6 +41,11 @@ app.kubernetes.io/component: {{ .component }}
 {{- join "/" $parts -}}
 {{- end }}
 
+{{/* Not empty if the controller may fetch with its own token. */}}
+{{- define "weightd.ownCredentials" -}}
+{{- with .Values.config.controller }}{{ if .own_credentials }}true{{ end }}{{ end -}}
+{{- end }}
+
 {{/* An address that daemon and controller bind: (dict "address" "::" "port" 80). */}}
 {{- define "weightd.listen" -}}
 {{- if contains ":" .address -}}[{{ .address }}]{{- else -}}{{ .address }}{{- end -}}:{{ .port }}
@@ -74,7 +79,7 @@ section [controller], which is no reason to start daemons anew: (dict "root" $ "
 {{- if .Values.selinux.enabled -}}
 {{- $_ := set $config "store" (merge (dict "selinux_label" .Values.selinux.storeLabel) (default dict $config.store)) -}}
 {{- end -}}
-{{- if .Values.hf.tokenSecret.name -}}
+{{- if and .Values.hf.tokenSecret.name (or (not $controller) (include "weightd.ownCredentials" .)) -}}
 {{- $_ := set $config "hf" (merge (dict "token_file" "/etc/weightd-hf/token") (default dict $config.hf)) -}}
 {{- end -}}
 {{- range list "webhook" "service" "certificate_dir" -}}

@@ -165,13 +165,18 @@ async fn files_are_read_again_when_they_change() {
     };
     let current = Arc::new(Current::default());
     let origin = Origin::Files(dir.path().to_owned());
-    let following = tokio::spawn(origin.follow(Arc::clone(&current)));
+    let metrics = Arc::new(Metrics::default());
+    let following = tokio::spawn(origin.follow(Arc::clone(&current), Arc::clone(&metrics)));
     sleep(LOOK_FIRST * 2).await;
     assert!(!current.is_there());
 
     write(&Made::make(&names(), None).unwrap());
     sleep(LOOK_FIRST * 2).await;
     let first = current.get().expect("it is served").cert.clone();
+    let days = (current.ends() - jiff::Timestamp::now().as_second()) / (24 * 3600);
+    assert!((89..=90).contains(&days), "{days}");
+    let line = format!("weightd_certificate_end_seconds {}", current.ends());
+    assert!(metrics.encode().contains(&line), "{}", metrics.encode());
 
     write(&Made::make(&names(), None).unwrap());
     sleep(LOOK * 2).await;

@@ -93,6 +93,35 @@ fn annotations_say_where_how_and_with_which_secret() {
 }
 
 #[test]
+fn a_container_that_mounts_the_volume_itself_is_told_of_its_own_path() {
+    let annotations =
+        json!({ "weightd.io/model": "hf://org/model", "weightd.io/layout": "hf-cache" });
+    let own = json!({ "containers": [
+        { "name": "main", "volumeMounts": [{ "name": "weightd-model", "mountPath": "/weights" }] },
+    ] });
+    let next = injected(&pod(annotations, own));
+
+    let container = &next["spec"]["containers"][0];
+    assert_eq!(container["volumeMounts"].as_array().unwrap().len(), 1);
+    let cache = json!({ "name": "HF_HUB_CACHE", "value": "/weights" });
+    assert_eq!(container["env"][0], cache);
+}
+
+#[test]
+fn a_pod_for_windows_is_told_that_no_node_of_its_kind_has_the_driver() {
+    for spec in [
+        json!({ "os": { "name": "windows" } }),
+        json!({ "nodeSelector": { "kubernetes.io/os": "windows" } }),
+    ] {
+        let model = json!({ "weightd.io/model": "hf://org/model" });
+        left_alone(&pod(model, spec), Some("Linux"));
+    }
+    let linux =
+        json!({ "os": { "name": "linux" }, "nodeSelector": { "kubernetes.io/os": "linux" } });
+    injected(&pod(json!({ "weightd.io/model": "hf://org/model" }), linux));
+}
+
+#[test]
 fn sidecars_get_the_model_and_other_init_containers_do_not() {
     let next = injected(&pod(
         json!({ "weightd.io/model": "hf://org/model" }),
@@ -269,15 +298,29 @@ fn what_would_break_the_pod_is_left_out_and_told() {
         );
     }
 
-    let annotations = json!({ "weightd.io/model": model, "weightd.io/secret": "Not/aName" });
-    let done = inject(&pod(annotations, json!({})), DRIVER).unwrap();
-    assert!(
-        done.warnings[0].contains("weightd.io/secret"),
-        "{:?}",
-        done.warnings
-    );
-    let secret = "/spec/volumes/0/csi/nodePublishSecretRef";
-    assert_eq!(done.pod.unwrap().pointer(secret), None);
+    let device = json!({ "containers": [
+        { "name": "main", "volumeDevices": [{ "name": "disk", "devicePath": "/models" }] },
+    ] });
+    let model_only = json!({ "weightd.io/model": model });
+    let done = inject(&pod(model_only, device), DRIVER).unwrap();
+    assert!(done.warnings[0].contains("`main`"), "{:?}", done.warnings);
+    let next = done.pod.unwrap();
+    let mounts = next["spec"]["containers"][0].get("volumeMounts");
+    assert_eq!(mounts, None, "the API server would refuse the pod");
+
+    for name in ["Not/aName", "a..b", "a.-b", "-a", "a.", &"a".repeat(254)] {
+        let annotations = json!({ "weightd.io/model": model, "weightd.io/secret": name });
+        let done = inject(&pod(annotations, json!({})), DRIVER).unwrap();
+        assert!(
+            done.warnings[0].contains("weightd.io/secret"),
+            "{:?}",
+            done.warnings
+        );
+        let secret = "/spec/volumes/0/csi/nodePublishSecretRef";
+        assert_eq!(done.pod.unwrap().pointer(secret), None, "{name}");
+    }
+    let annotations = json!({ "weightd.io/model": model, "weightd.io/secret": "hub.token-1" });
+    injected(&pod(annotations, json!({})));
 }
 
 #[test]

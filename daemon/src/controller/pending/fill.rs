@@ -51,12 +51,44 @@ pub(super) enum Ended {
     There(String),
     /// Nothing of the model can be shared.
     Unshareable(String),
-    /// None of these may have it; with what each was told.
-    Denied(Vec<(Asker, String)>),
+    /// None of those who asked may have it.
+    Denied(Vec<Refusal>),
     /// It may succeed later.
     Failed(String),
     /// It was no longer wanted, or this process leads no more.
     Stopped,
+}
+
+/// What somebody is told who may not have a model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Refusal {
+    pub asker: Asker,
+    pub text: String,
+    /// It says nothing against the pod: its node has what the controller lacks.
+    pub expected: bool,
+}
+
+impl Refusal {
+    fn new(error: &AccessError, asker: &Asker) -> Self {
+        let closed = match error {
+            AccessError::Source {
+                model,
+                source: SourceError::Denied { .. } | SourceError::NotFound { .. },
+            } => asker.secret.then_some(model),
+            _ => None,
+        };
+        let text = match closed {
+            Some(model) => format!(
+                "{model} is not public, and the controller does not see the pod's Secret: its node fetches it"
+            ),
+            None => Chain(error).to_string(),
+        };
+        Self {
+            asker: asker.clone(),
+            text,
+            expected: closed.is_some(),
+        }
+    }
 }
 
 /// How far a fill is.
@@ -154,18 +186,17 @@ impl Filler {
     async fn permitted(&self, wish: &Wish, askers: &[Asker]) -> Result<Permitted, Ended> {
         let mut refusals = Vec::new();
         for asker in askers {
-            let said = match self.ask(wish, asker).await {
+            match self.ask(wish, asker).await {
                 Ok(permitted) => return Ok(permitted),
-                Err(AccessError::Source {
-                    source: SourceError::Unavailable { .. } | SourceError::Changed { .. },
-                    ..
-                }) if askers.len() == 1 => {
-                    let text = format!("{} cannot be asked now", wish.model);
-                    return Err(Ended::Failed(text));
-                }
-                Err(error) => said(&error, asker),
-            };
-            refusals.push((asker.clone(), said));
+                // It is away for whoever asks, and may be back soon.
+                Err(
+                    error @ AccessError::Source {
+                        source: SourceError::Unavailable { .. } | SourceError::Changed { .. },
+                        ..
+                    },
+                ) => return Err(Ended::Failed(Chain(&error).to_string())),
+                Err(error) => refusals.push(Refusal::new(&error, asker)),
+            }
         }
         Err(Ended::Denied(refusals))
     }
@@ -403,19 +434,6 @@ fn bytes(count: u64) -> String {
     match unit {
         "B" => format!("{count} B"),
         _ => format!("{value:.1} {unit}"),
-    }
-}
-
-/// What a pod's author is told.
-fn said(error: &AccessError, asker: &Asker) -> String {
-    match error {
-        AccessError::Source {
-            model,
-            source: SourceError::Denied { .. } | SourceError::NotFound { .. },
-        } if asker.secret => format!(
-            "{model} is not public, and the controller does not see the pod's Secret: its node fetches it"
-        ),
-        _ => Chain(error).to_string(),
     }
 }
 

@@ -96,7 +96,7 @@ async fn a_private_model_is_left_to_the_node_that_has_the_pods_secret() {
         panic!("{ended:?}")
     };
     assert!(
-        refusals[0].1.contains("its node fetches it"),
+        refusals[0].text.contains("its node fetches it") && refusals[0].expected,
         "{refusals:?}"
     );
 
@@ -135,13 +135,30 @@ async fn one_namespace_that_may_have_it_is_enough() {
     };
     assert!(
         refusals[0]
-            .1
+            .text
             .contains("`team-a` may not use hf://org/model"),
         "{refusals:?}"
     );
     let both = [asker("team-a", false), asker("team-b", false)];
     let (ended, _) = fixture.fill("hf://org/model", &both).await;
     assert!(matches!(ended, Ended::Filled(_)), "{ended:?}");
+}
+
+#[tokio::test]
+async fn an_origin_that_is_away_refuses_nobody() {
+    let mut fixture = fixture().await;
+    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = nobody.local_addr().unwrap();
+    drop(nobody);
+    fixture.config.hf.endpoint = Some(format!("http://{address}").parse().unwrap());
+    let askers = [asker("team-a", false), asker("team-b", true)];
+
+    let (ended, _) = fixture.fill("hf://org/model", &askers).await;
+
+    let Ended::Failed(text) = ended else {
+        panic!("{ended:?}")
+    };
+    assert!(text.contains(&address.to_string()), "why: {text}");
 }
 
 #[tokio::test]
@@ -166,5 +183,5 @@ async fn a_model_of_s3_that_a_secret_opens_is_not_asked_for() {
     let Ended::Denied(refusals) = ended else {
         panic!("{ended:?}")
     };
-    assert!(refusals[0].1.contains("does not see"), "{refusals:?}");
+    assert!(refusals[0].text.contains("does not see"), "{refusals:?}");
 }
