@@ -81,6 +81,8 @@ def privileges(name, rendered):
             mounts = {mount["name"]: mount for mount in container.get("volumeMounts", [])}
             shared = [m["name"] for m in mounts.values() if m.get("mountPropagation") == "Bidirectional"]
             check(f"{title} has a read-only root", context.get("readOnlyRootFilesystem"), context)
+            # Large numbers of a values file are easily written as 1e+09, which no API server takes.
+            check(f"{title} has a user", isinstance(context.get("runAsUser"), int), context)
             if container["name"] in ("plugin", "expose"):
                 check(f"{title} is privileged", context.get("privileged"), context)
                 check(f"{title} propagates one volume", shared in (["pods"], ["shared"]), shared)
@@ -93,6 +95,26 @@ def privileges(name, rendered):
         volumes = {volume["name"] for volume in pod["spec"].get("volumes", [])}
         used = {m["name"] for c in pod["spec"]["containers"] for m in c.get("volumeMounts", [])}
         check(f"{name}: {owner} uses its volumes", used == volumes, used ^ volumes)
+
+
+def constraints(name, rendered):
+    """On OpenShift each pod's service account may use a Security Context Constraint that admits the pod, and none that admits more."""
+    bindings = [one for one in of_kind(rendered, "RoleBinding") if "openshift" in one["roleRef"]["name"]]
+    if not bindings:
+        return
+    granted = {one["subjects"][0]["name"]: one["roleRef"]["name"].rpartition(":")[2] for one in bindings}
+    accounts = {one["metadata"]["name"] for one in of_kind(rendered, "ServiceAccount")}
+    needed = {}
+    for owner, pod in pods(rendered):
+        spec = pod["spec"]
+        account = spec.get("serviceAccountName", "default")
+        contexts = [one["securityContext"] for one in spec["containers"]]
+        # What nonroot-v2 refuses: https://docs.openshift.com, "Managing security context constraints".
+        much = any("hostPath" in volume for volume in spec.get("volumes", []))
+        much |= any(one.get("privileged") or not one.get("runAsUser") or "seLinuxOptions" in one for one in contexts)
+        check(f"{name}: {owner} has an account of its own", account in accounts, account)
+        needed[account] = "privileged" if much or needed.get(account) == "privileged" else "nonroot-v2"
+    check(f"{name}: Security Context Constraints", granted == needed, (granted, needed))
 
 
 def rights(name, rendered):
@@ -148,15 +170,28 @@ def conventions(rendered):
         check(f"{name} asks for little", int(asked["requests"]["cpu"].removesuffix("m")) <= 50, asked)
 
 
-def values():
+def written():
+    """The values that documents and examples show."""
+    for path in [DEPLOY / "README.md", DEPLOY / "shared-tier.md"]:
+        for number, block in enumerate(re.findall(r"^```yaml\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)):
+            yield f"{path.name}, block {number + 1}", block
+    for path in sorted((DEPLOY / "examples").rglob("values.yaml")):
+        yield str(path.relative_to(DEPLOY)), path.read_text()
+
+
+def values(directory):
     """Sets of values that are good, and what each renders."""
     yield "defaults", []
     for path in sorted((CHART / "ci").glob("*.yaml")):
         yield path.stem, ["--values", path]
+    for name, text in written():
+        path = directory / (re.sub("[^a-z0-9]", "-", name.lower()) + ".yaml")
+        path.write_text(text)
+        yield name, ["--values", path]
 
 
-def good_values():
-    for name, arguments in values():
+def good_values(directory):
+    for name, arguments in values(directory):
         linted = run(os.environ["HELM"], "lint", "--strict", "--kube-version", KUBERNETES, CHART, *arguments)
         check(f"{name}: helm lint", linted.returncode == 0, linted.stdout + linted.stderr)
         made = template(*arguments)
@@ -165,7 +200,7 @@ def good_values():
         valid = run(os.environ["KUBECONFORM"], "-strict", "-summary", "-schema-location", schemas, input=made.stdout)
         check(f"{name}: kubeconform", valid.returncode == 0, valid.stdout + valid.stderr)
         rendered = objects(made.stdout)
-        for look in (settings, privileges, rights, selectors):
+        for look in (settings, privileges, constraints, rights, selectors):
             look(name, rendered)
         if name == "defaults":
             conventions(rendered)
@@ -199,8 +234,15 @@ def bad_values():
         "config.controller.webhook=x": "injection",
         "shared.claim=x": "shared.enabled",
         "controller.scratch.emptyDir.medium=x,controller.scratch.hostPath.path=/x": "scratch",
+        "shared.path=a/../../b": "path",
+        # Kubernetes' way to write it is not weightctl's.
+        "shared.gc.maxBytes=2Ti": "maxBytes",
         "image.digest=latest": "digest",
         "metrics.port=99999": "port",
+        "metrics.port=9808": "node.livenessProbe.port",
+        "metrics.port=8443,controller.enabled=true,injection.mode=webhook": "injection.webhook.port",
+        # Kubelet's probes come from outside the pod.
+        "metrics.address=127.0.0.1": "address",
     }
     for value, word in refused.items():
         made = template("--set", value)
@@ -260,7 +302,8 @@ def manifests():
         check(f"deploy/manifests/{name} is up to date", there == text, "run UPDATE=1 deploy/check/run")
 
 
-good_values()
+with tempfile.TemporaryDirectory() as work:
+    good_values(Path(work))
 bad_values()
 tokens()
 manifests()

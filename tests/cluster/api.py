@@ -16,6 +16,7 @@ PLURALS = {
     "NetworkPolicy": "networkpolicies",
     "ModelPrefetch": "modelprefetches",
     "StorageClass": "storageclasses",
+    "ValidatingAdmissionPolicy": "validatingadmissionpolicies",
 }
 CLUSTER_WIDE = {
     "ClusterRole",
@@ -34,6 +35,8 @@ CLUSTER_WIDE = {
     "SelfSubjectAccessReview",
     "StorageClass",
     "SubjectAccessReview",
+    "ValidatingAdmissionPolicy",
+    "ValidatingAdmissionPolicyBinding",
 }
 
 

@@ -189,10 +189,11 @@ class ControlPlane(Processes):
         self.admin.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": about, "data": roots})
         return name
 
-    def account(self, name, namespace="weightd"):
-        """The API server as a service account sees it, with a real token."""
+    def account(self, name, namespace="weightd", pod=None):
+        """The API server as a service account sees it, with a real token; of a pod, as kubelet gets it, if that is named."""
         path = f"/api/v1/namespaces/{namespace}/serviceaccounts/{name}/token"
-        request = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}}
+        bound = {"boundObjectRef": {"apiVersion": "v1", "kind": "Pod", "name": pod}} if pod else {}
+        request = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": bound}
         return Api(SERVER, self.ca, self.admin.call("POST", path, request)["status"]["token"])
 
     def node(self, name):

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from api import Refused, refused
 from chart import prefetch
-from control_plane import same
+from control_plane import eventually, same
 from weightd import NAMESPACE, pod
 
 READ = ["get", "list", "watch"]
@@ -152,7 +152,8 @@ def prepare(cluster):
 def clean_up(cluster):
     admin = cluster.plane.admin
     admin.delete("/api/v1/namespaces/team-a/pods/seen", seconds=0)
-    for path in ["/api/v1/nodes/node-1", "/apis/storage.k8s.io/v1/csinodes/node-1",
+    admin.delete(f"/api/v1/namespaces/{NAMESPACE}/pods/daemon", seconds=0)
+    for path in ["/api/v1/nodes/node-1", "/api/v1/nodes/node-2", "/apis/storage.k8s.io/v1/csinodes/node-1",
                  "/apis/weightd.io/v1alpha1/modelprefetches/seen", "/api/v1/namespaces/team-a/secrets/hf"]:
         admin.delete(path)
 
@@ -230,12 +231,56 @@ def what_is_not_granted_is_denied(cluster):
     return f"{2 * len(denied) + 2} requests, among them all for Secrets of others"
 
 
+def tainted(*keys):
+    return {"spec": {"taints": [{"key": key, "effect": "NoExecute"} for key in keys]}}
+
+
+def a_daemon_changes_its_own_node_only(cluster):
+    """With a token as kubelet gets it for the daemon's pod: it names the pod's node."""
+    admin, path = cluster.plane.admin, "/api/v1/nodes/{}".format
+    startup, warming = "csi.weightd.io/agent-not-ready", "weightd.io/warming"
+    admin.apply({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-2", "labels": {"a": "b"}}})
+    admin.merge(path("node-1"), {**tainted(startup, warming, "other"), "metadata": {"labels": {"a": "b"}}})
+    admin.apply(pod("daemon", NAMESPACE, "node-1", serviceAccountName="weightd-node"))
+    account = cluster.plane.account("weightd-node", pod="daemon")
+    mine = {"metadata": {"labels": {"model.weightd.io/hf.org.model": "seen"}}}
+
+    def is_in_force():
+        try:
+            account.merge(path("node-2"), mine)
+        except Refused as error:
+            return error.status == 403 and "no Node but its own" in str(error)
+        return False
+
+    eventually("the policy is in force", is_in_force, pause=0.5)
+    denied = {
+        "a label of another name": {"metadata": {"labels": {"c": "d"}}},
+        "another value of a label": {"metadata": {"labels": {"a": "c"}}},
+        "a label away": {"metadata": {"labels": {"a": None}}},
+        "an annotation": {"metadata": {"annotations": {"a": "b"}}},
+        "another's taint away": tainted(startup, warming),
+        "a taint more": tainted(startup, warming, "other", "more"),
+        "cordoned": {"spec": {"unschedulable": True}},
+    }
+    for what, change in denied.items():
+        with refused(what, 403):
+            account.merge(path("node-1"), change)
+    account.merge(path("node-1"), mine)
+    account.merge(path("node-1"), {"metadata": {"labels": {"model.weightd.io/hf.org.model": None}}})
+    account.merge(path("node-1"), tainted(warming, "other"))
+    account.merge(path("node-1"), tainted("other"))
+    # Others are not kept from it.
+    admin.merge(path("node-1"), {"spec": {"taints": None, "unschedulable": True}, "metadata": {"labels": {"a": None}}})
+    return f"{len(denied)} other changes of its own Node denied, labels and taints of weightd changed"
+
+
 def run(cluster, check):
     cluster.install(*WITH_CONTROLLER)
     prepare(cluster)
     try:
         for test in [the_node_may_do_this_only, the_controller_may_do_this_only, the_nodes_rights_work,
-                     the_controllers_rights_work, what_is_not_granted_is_denied]:
+                     the_controllers_rights_work, what_is_not_granted_is_denied,
+                     a_daemon_changes_its_own_node_only]:
             check(test, cluster)
     finally:
         try:

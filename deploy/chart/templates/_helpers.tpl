@@ -130,12 +130,32 @@ section [controller], which is no reason to start daemons anew: (dict "root" $ "
 {{ if regexMatch "^[A-Za-z0-9_-]+$" . }}{{ . }}{{ else }}{{ toJson . }}{{ end }}
 {{- end }}
 
+{{/* Lets pods of a service account of this namespace use a Security Context Constraint: (dict "root" $ "component" "gc" "account" "weightd-shared" "scc" "privileged"). */}}
+{{- define "weightd.scc" -}}
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata:
+  name: {{ .account }}-scc
+  namespace: {{ .root.Release.Namespace }}
+  labels:
+    {{- include "weightd.labels" (dict "root" .root "component" .component) | nindent 4 }}
+roleRef:
+  apiGroup: rbac.authorization.k8s.io
+  kind: ClusterRole
+  name: system:openshift:scc:{{ .scc }}
+subjects:
+  - kind: ServiceAccount
+    name: {{ .account }}
+    namespace: {{ .root.Release.Namespace }}
+{{- end }}
+
 {{/* Security of every container that is not privileged: (dict "user" 0 "capabilities" list). */}}
 {{- define "weightd.confined" -}}
 allowPrivilegeEscalation: false
 readOnlyRootFilesystem: true
-runAsUser: {{ .user }}
-{{- if ne (int .user) 0 }}
+{{- /* A user may have a large number, and numbers of a values file are floats: 1.00073e+09. */}}
+runAsUser: {{ int64 .user }}
+{{- if ne (int64 .user) 0 }}
 runAsNonRoot: true
 {{- end }}
 capabilities:
@@ -167,6 +187,12 @@ seLinuxOptions: {{ toJson . }}
 {{- end }}
 {{- if and .Values.shared.claim (not .Values.shared.enabled) }}
 {{- fail "shared.claim is set, and shared.enabled is not" }}
+{{- end }}
+{{- if eq (int .Values.metrics.port) (int .Values.node.livenessProbe.port) }}
+{{- fail "metrics.port and node.livenessProbe.port are ports of one pod: choose two" }}
+{{- end }}
+{{- if and (eq .Values.injection.mode "webhook") (eq (int .Values.metrics.port) (int .Values.injection.webhook.port)) }}
+{{- fail "metrics.port and injection.webhook.port are ports of one pod: choose two" }}
 {{- end }}
 {{- end }}
 

@@ -11,7 +11,7 @@ import tomllib
 from pathlib import Path
 
 import common
-from common import KARPENTER, check, conform, objects, run, text_of
+from common import EXAMPLES, KARPENTER, check, conform, objects, run, text_of
 
 sys.path.append(os.environ["CLOUD_INIT"] + "/usr/lib/python3/dist-packages")
 from cloudinit import handlers, helpers, user_data  # noqa: E402
@@ -49,8 +49,10 @@ def conventions():
     for name in FILES[:2]:
         (node_class,) = objects(text_of(KARPENTER / name))
         check(f"{name}: RAID0", node_class["spec"].get("instanceStorePolicy") == "RAID0", node_class["spec"])
-    for name in FILES[2:]:
-        (pool,) = [one for one in objects(text_of(KARPENTER / name)) if one["kind"] == "NodePool"]
+    pools = [KARPENTER / name for name in FILES[2:]] + sorted(EXAMPLES.rglob("nodepool.yaml"))
+    for name, path in [(str(path.relative_to(KARPENTER.parent)), path) for path in pools]:
+        (pool,) = [one for one in objects(text_of(path)) if one["kind"] == "NodePool"]
+        check(f"{name}: a limit", pool["spec"].get("limits"), pool["spec"])
         template = pool["spec"]["template"]
         startup = template["spec"]["startupTaints"]
         taint = {"key": "csi.weightd.io/agent-not-ready", "effect": "NoExecute"}
