@@ -1,6 +1,7 @@
 //! What a user sees: the real binaries against stand-in origins on loopback.
 
 mod e2e {
+    mod api_server;
     mod bootstrap;
     mod crash;
     mod daemon;
@@ -8,6 +9,7 @@ mod e2e {
     mod demo;
     mod disk;
     mod doctor;
+    mod doctor_kubernetes;
     mod harness;
     mod hub;
     mod processes;
