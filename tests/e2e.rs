@@ -3,6 +3,7 @@
 mod e2e {
     mod api_server;
     mod bootstrap;
+    mod cluster;
     mod crash;
     mod daemon;
     #[cfg(feature = "demo")]
