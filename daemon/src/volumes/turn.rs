@@ -134,7 +134,7 @@ impl Volumes {
     ///
     /// [`StoreError::Io`].
     pub async fn release(self: &Arc<Self>, holder: Holder) -> Result<u32, StoreError> {
-        self.waiting().remove(&holder);
+        self.asked.remove(&holder);
         let volumes = Arc::clone(self);
         let released = self.tasks.spawn(async move {
             let mut turn = volumes.turns(&holder).lock_owned().await;
