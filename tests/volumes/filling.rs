@@ -360,9 +360,10 @@ async fn what_pods_were_given_and_whether_they_waited_is_counted() {
     assert_counted(address, &lines);
 }
 
-/// Kubelet pauses between its calls: a pod waits on.
+/// Kubelet pauses between its calls: a pod waits on. When all have gone, neither this daemon nor the next brings the
+/// model for nobody.
 #[tokio::test]
-async fn pods_wait_between_the_calls_for_their_volumes() {
+async fn pods_wait_between_calls_and_what_failed_goes_with_the_last_of_them() {
     let (mut node, address) = counting();
     node.config += "[store]\nmax_bytes = '1MiB'\n";
     node.start().await;
@@ -371,12 +372,15 @@ async fn pods_wait_between_the_calls_for_their_volumes() {
         let status = status.expect_err("there is no room");
         assert_eq!(status.code(), Code::ResourceExhausted, "{status}");
     }
+    let records = || fs::read_dir(node.root().join("fetches")).map_or(0, Iterator::count);
     let waiting = |pods| assert_counted(address, &[format!("weightd_acquires_active {pods}\n")]);
     waiting(2);
 
     node.unpublish("pod-1").await.expect("it was never mounted");
     waiting(1);
+    assert_eq!(records(), 1, "another pod waits for it");
     node.unpublish("pod-2").await.expect("it was never mounted");
 
     waiting(0);
+    assert_eq!(records(), 0, "nobody waits for it");
 }

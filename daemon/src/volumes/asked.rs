@@ -69,6 +69,13 @@ impl Asked {
         self.entry(holder, |asking| asking.missed = Some(request));
     }
 
+    /// Whether a volume that was asked for waits for what `request` brings.
+    pub(super) fn wants(&self, request: &FetchRequest) -> bool {
+        let all = self.lock();
+        all.values()
+            .any(|asking| asking.missed.as_ref() == Some(request))
+    }
+
     /// Takes it off the list, and says what brings its files if they were not there at first: that they are by the
     /// time of another call is no luck.
     pub(super) fn remove(&self, holder: &Holder) -> Option<FetchRequest> {
@@ -100,6 +107,7 @@ mod tests {
         };
         asked.begin(&holder);
         asked.missed(&holder, request.clone());
+        assert!(asked.wants(&request));
         tokio::time::advance(Duration::from_secs(110)).await;
         asked.end(&holder);
         tokio::time::advance(Duration::from_secs(122)).await;
@@ -108,6 +116,7 @@ mod tests {
         asked.begin(&holder);
         assert_eq!(asked.remove(&holder), Some(request.clone()));
         asked.end(&holder);
+        assert!(!asked.wants(&request));
         assert_eq!(asked.waiting(), 0, "it was given");
     }
 
