@@ -1,13 +1,16 @@
 //! What a user sees: the real binaries against stand-in origins on loopback.
 
 mod e2e {
+    mod api_server;
     mod bootstrap;
+    mod cluster;
     mod crash;
     mod daemon;
     #[cfg(feature = "demo")]
     mod demo;
     mod disk;
     mod doctor;
+    mod doctor_kubernetes;
     mod harness;
     mod hub;
     mod processes;

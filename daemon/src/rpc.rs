@@ -364,7 +364,8 @@ impl Control for ControlService {
                 // Progress that nobody reads in time may be lost.
                 let _ = events.try_send(Ok(wire::AcquireEvent { event: Some(event) }));
             };
-            let _waiting = engine.metrics.acquiring();
+            // The pod of one that is mounted runs already.
+            let asking = (!mounted).then(|| engine.volumes.asked(&request.holder));
             let acquired = tokio::select! {
                 biased;
                 // What a client that left was given is taken back: its next call begins anew.
@@ -378,8 +379,9 @@ impl Control for ControlService {
                 Err(_) => "failed",
             });
             // One that is mounted was counted before.
-            if let (Ok(acquired), false) = (&acquired, mounted) {
+            if let (Ok(acquired), Some(asking)) = (&acquired, asking) {
                 engine.metrics.volume(acquired.waited, acquired.bytes);
+                asking.given();
             }
             let last = acquired.as_ref().map(|acquired| wire::AcquireEvent {
                 event: Some(Event::Done(convert::acquired(acquired))),

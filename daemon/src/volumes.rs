@@ -1,9 +1,9 @@
 //! What pods' volumes need: the right to a model, its files, and a directory to mount that stays as long
 //! as it is held.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, SystemTime};
 
 use tokio_util::sync::CancellationToken;
@@ -16,9 +16,11 @@ use weightd_core::store::{Holder, Layout, Store, StoreError, Volume, VolumeRecor
 
 use crate::access::{Access, AccessError, Grant, Requester};
 
+mod asked;
 mod fill;
 mod turn;
 
+use asked::Asked;
 use fill::Filler;
 pub use fill::Told;
 use turn::{Turn, Turns, Untold};
@@ -144,15 +146,32 @@ pub struct Volumes {
     access: Access,
     /// Who works on volumes that are mounted and not complete.
     filling: Mutex<HashMap<Holder, Filler>>,
-    /// Whose files were not there when they were first asked for. Kubelet gives up and asks again: that the files
-    /// are there by then is no luck.
-    waiting: Mutex<HashSet<Holder>>,
+    asked: Asked,
     /// How far the volumes are that this process fills or has filled.
     told: Mutex<HashMap<Holder, Told>>,
     /// The calls that are under way, by holder.
     turns: Mutex<HashMap<Holder, Weak<Turns>>>,
     stop: CancellationToken,
     tasks: TaskTracker,
+}
+
+/// A call for a volume, until it is dropped.
+pub struct Asking {
+    volumes: Arc<Volumes>,
+    holder: Holder,
+}
+
+impl Asking {
+    /// The volume was given: nobody waits for it any more.
+    pub fn given(self) {
+        self.volumes.asked.remove(&self.holder);
+    }
+}
+
+impl Drop for Asking {
+    fn drop(&mut self) {
+        self.volumes.asked.end(&self.holder);
+    }
 }
 
 impl Volumes {
@@ -164,7 +183,7 @@ impl Volumes {
             fetcher,
             access,
             filling: Mutex::default(),
-            waiting: Mutex::default(),
+            asked: Asked::default(),
             told: Mutex::default(),
             turns: Mutex::default(),
             stop: CancellationToken::new(),
@@ -205,10 +224,10 @@ impl Volumes {
         }
         for _ in 0..TURNS {
             if let Some(acquired) = self.hold(request, &turn, &record).await? {
-                let waited = self.waiting().remove(&request.holder);
+                let waited = self.asked.remove(&request.holder).is_some();
                 return Ok(Acquired { waited, ..acquired });
             }
-            self.waiting().insert(request.holder.clone());
+            self.asked.missed(&request.holder, fetch_request(&record));
             self.bring(&record, Some(&grant), &mut |now, _| progress(now))
                 .await?;
         }
@@ -241,8 +260,19 @@ impl Volumes {
         }
     }
 
-    fn waiting(&self) -> MutexGuard<'_, HashSet<Holder>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Counts the holder's volume as one that kubelet waits for, until it is given or released, or kubelet has long
+    /// ceased to ask.
+    #[must_use]
+    pub fn asked(self: &Arc<Self>, holder: &Holder) -> Asking {
+        self.asked.begin(holder);
+        let (volumes, holder) = (Arc::clone(self), holder.clone());
+        Asking { volumes, holder }
+    }
+
+    /// How many volumes kubelet waits for, in a call or until the next.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.asked.waiting()
     }
 
     /// What the holder's own directory was opened for, if it has one.
@@ -378,11 +408,7 @@ impl Volumes {
     fn fetch(&self, record: &VolumeRecord, grant: Option<&Grant>) -> Result<Fetch, SourceError> {
         let model = record.model.at(&record.revision);
         let source = grant.map(|grant| grant.open(&model)).transpose()?;
-        let request = FetchRequest {
-            model,
-            patterns: record.patterns.clone(),
-            pin: None,
-        };
+        let request = fetch_request(record);
         Ok(match source {
             Some(source) => self.fetcher.fetch_from(source, request),
             None => self.fetcher.fetch(request),
@@ -416,6 +442,15 @@ impl Volumes {
             let model = model.clone();
             AcquireError::Store { model, source }
         })
+    }
+}
+
+/// What brings the files of a volume.
+fn fetch_request(record: &VolumeRecord) -> FetchRequest {
+    FetchRequest {
+        model: record.model.at(&record.revision),
+        patterns: record.patterns.clone(),
+        pin: None,
     }
 }
 

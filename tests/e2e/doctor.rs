@@ -17,19 +17,19 @@ use super::harness::{Ran, Running, Sandbox, run, tree, wait_until};
 
 const SECRET: &str = "hf_doNotShowThisToken";
 
-struct Node {
+pub(super) struct Node {
     hub: Hub,
-    sandbox: Sandbox,
+    pub(super) sandbox: Sandbox,
 }
 
 /// What `doctor` printed, and how it ended.
-struct Report {
-    ran: Ran,
+pub(super) struct Report {
+    pub(super) ran: Ran,
     findings: Vec<Value>,
 }
 
 impl Node {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self {
             hub: Hub::spawn_thread(HubConfig::default()).expect("a hub"),
             sandbox: Sandbox::new(),
@@ -44,7 +44,7 @@ impl Node {
     }
 
     /// `weightctl --output json doctor` with these words.
-    fn doctor(&self, words: &[&str]) -> Report {
+    pub(super) fn doctor(&self, words: &[&str]) -> Report {
         let mut command = self.bare(env!("CARGO_BIN_EXE_weightctl"));
         Report::of(command.args(["--output", "json", "doctor"]).args(words))
     }
@@ -55,7 +55,7 @@ impl Node {
     }
 }
 
-fn text(path: &Path) -> &str {
+pub(super) fn text(path: &Path) -> &str {
     path.to_str().expect("UTF-8")
 }
 
@@ -87,12 +87,12 @@ impl Report {
 
     /// The level of the first finding of `check`.
     #[track_caller]
-    fn level(&self, check: &str) -> &str {
+    pub(super) fn level(&self, check: &str) -> &str {
         self.finding(check)["level"].as_str().expect("a level")
     }
 
     #[track_caller]
-    fn finding(&self, check: &str) -> &Value {
+    pub(super) fn finding(&self, check: &str) -> &Value {
         let found = self
             .findings
             .iter()
@@ -102,7 +102,7 @@ impl Report {
 
     /// Checks that `check` is an error that says all of `words`.
     #[track_caller]
-    fn error(&self, check: &str, words: &[&str]) {
+    pub(super) fn error(&self, check: &str, words: &[&str]) {
         let finding = self.finding(check);
         assert_eq!(finding["level"], "error", "{finding}");
         let text = format!("{} {}", finding["found"], finding["hint"]);

@@ -31,6 +31,15 @@ impl Cluster {
         Self { api, node }
     }
 
+    /// One whose plugin tells after 30 s, so that it makes no difference how busy this machine is.
+    async fn patient() -> Self {
+        let mut cluster = Self::new();
+        let options = &mut cluster.node.plugin_options;
+        *options.last_mut().expect("an option") = "--events-after=30".to_owned();
+        cluster.node.start().await;
+        cluster
+    }
+
     async fn running() -> Self {
         let mut cluster = Self::new();
         cluster.node.start().await;
@@ -94,7 +103,7 @@ fn reasons(events: &[Line]) -> Vec<(&str, &str)> {
 
 #[tokio::test]
 async fn a_volume_that_is_mounted_soon_has_no_events() {
-    let cluster = Cluster::running().await;
+    let cluster = Cluster::patient().await;
     let quick = ask(&cluster, "web", &[("source", MODEL)]);
 
     cluster.node.mounts(&quick).await;
@@ -142,7 +151,7 @@ async fn a_slow_fetch_is_told_from_its_first_bytes_to_the_mount() {
 
 #[tokio::test]
 async fn what_cannot_be_mounted_is_a_warning_with_the_remedy() {
-    let cluster = Cluster::running().await;
+    let cluster = Cluster::patient().await;
     let token = "hf_secretofateam";
     let missing = ask(&cluster, "web", &[("source", "hf://org/missing")]).secret("hf-token", token);
 

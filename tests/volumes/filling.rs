@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -320,32 +320,67 @@ async fn a_long_name_is_its_askers_own_error() {
     assert!(done, "it ended without an answer");
 }
 
-#[tokio::test]
-async fn what_pods_were_given_and_whether_they_waited_is_counted() {
+/// A node whose daemon says at the address what it counts.
+fn counting() -> (Node, SocketAddr) {
     let free = TcpListener::bind("127.0.0.1:0").expect("a port");
     let address = free.local_addr().expect("an address");
-    drop(free);
     let mut node = Node::new(HubConfig::default());
     node.config = format!("[metrics]\nlisten = '{address}'\n");
+    (node, address)
+}
+
+#[track_caller]
+fn assert_counted(address: SocketAddr, lines: &[String]) {
+    let mut asking = TcpStream::connect(address).expect("it listens");
+    write!(asking, "GET /metrics HTTP/1.1\r\nHost: weightd\r\n\r\n").expect("asked");
+    let mut answer = String::new();
+    asking.read_to_string(&mut answer).expect("an answer");
+    for line in lines {
+        assert!(answer.contains(line), "`{line}` is missing: {answer}");
+    }
+}
+
+#[tokio::test]
+async fn what_pods_were_given_and_whether_they_waited_is_counted() {
+    let (mut node, address) = counting();
     node.start().await;
     for pod in ["pod-1", "pod-2", "pod-2"] {
         let asked = Ask::model(pod, MODEL);
         node.publish(&asked).await.expect("published");
     }
 
-    let mut asking = TcpStream::connect(address).expect("it listens");
-    write!(asking, "GET /metrics HTTP/1.1\r\nHost: weightd\r\n\r\n").expect("asked");
-    let mut answer = String::new();
-    asking.read_to_string(&mut answer).expect("an answer");
-
     let bytes: usize = contents(1).iter().map(|(_, bytes)| bytes.len()).sum();
-    for line in [
-        "weightd_acquires_active 0".to_owned(),
+    let lines = [
+        "weightd_acquires_active 0\n".to_owned(),
         "weightd_volumes_total{found=\"waited\"} 1".to_owned(),
         "weightd_volumes_total{found=\"here\"} 1".to_owned(),
         format!("weightd_volume_bytes_total{{found=\"waited\"}} {bytes}"),
         format!("weightd_volume_bytes_total{{found=\"here\"}} {bytes}"),
-    ] {
-        assert!(answer.contains(&line), "`{line}` is missing: {answer}");
+    ];
+    assert_counted(address, &lines);
+}
+
+/// Kubelet pauses between its calls: a pod waits on. When all have gone, neither this daemon nor the next brings the
+/// model for nobody.
+#[tokio::test]
+async fn pods_wait_between_calls_and_what_failed_goes_with_the_last_of_them() {
+    let (mut node, address) = counting();
+    node.config += "[store]\nmax_bytes = '1MiB'\n";
+    node.start().await;
+    for pod in ["pod-1", "pod-2"] {
+        let status = node.publish(&Ask::model(pod, MODEL)).await;
+        let status = status.expect_err("there is no room");
+        assert_eq!(status.code(), Code::ResourceExhausted, "{status}");
     }
+    let records = || fs::read_dir(node.root().join("fetches")).map_or(0, Iterator::count);
+    let waiting = |pods| assert_counted(address, &[format!("weightd_acquires_active {pods}\n")]);
+    waiting(2);
+
+    node.unpublish("pod-1").await.expect("it was never mounted");
+    waiting(1);
+    assert_eq!(records(), 1, "another pod waits for it");
+    node.unpublish("pod-2").await.expect("it was never mounted");
+
+    waiting(0);
+    assert_eq!(records(), 0, "nobody waits for it");
 }

@@ -537,6 +537,25 @@ impl Fetcher {
         blocking::run(move || store.forget_fetch(&record)).await
     }
 
+    /// Forgets a fetch that failed for what may pass: neither this process nor the next tries it again until it is
+    /// asked for. False if it is under way, and so goes on.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Io`] if the record of it stays.
+    pub async fn give_up_if_failed(&self, request: &FetchRequest) -> Result<bool, StoreError> {
+        {
+            let active = self.active.lock().expect("no holder of this lock panics");
+            if active.contains_key(request) {
+                return Ok(false);
+            }
+            self.no_longer_wanted().insert(request.clone());
+        }
+        let (store, record) = (Arc::clone(&self.shared.store), request.clone());
+        blocking::run(move || store.forget_fetch(&record)).await?;
+        Ok(true)
+    }
+
     fn no_longer_wanted(&self) -> MutexGuard<'_, HashSet<FetchRequest>> {
         self.unwanted.lock().expect("no holder of this lock panics")
     }

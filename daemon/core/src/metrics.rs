@@ -10,6 +10,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
+use crate::fetch::Progress;
 use crate::model::Scheme;
 use crate::shared::choice::Reach;
 use crate::store::Usage;
@@ -42,11 +43,12 @@ describe! {
     "weightd_fetch_seconds" "histogram" "source: hf, s3, file; outcome: ok, failed, stopped" "Time from request to published snapshot";
     "weightd_fetch_failures_total" "counter" "source: hf, s3, file; reason: not_found, denied, changed, unavailable, invalid, wrong_bytes, no_space, store, defect" "Fetches that failed; what may pass is tried again and counted again";
     "weightd_fetches_active" "gauge" "" "Fetches under way";
+    "weightd_fetches_waiting" "gauge" "why: room, rate_limit, origin, silence, neighbour, others, turn" "Fetches under way to which no byte comes: for want of room, by the origin's rate limit, because it is away or sends nothing, or because another node, another fetch of this node or all other fetches of this node go first";
     "weightd_fetch_connections" "gauge" "" "Ranged reads under way";
     "weightd_fetch_retries_total" "counter" "source: hf, s3, file; reason: unavailable, cut, stalled, slow" "Ranged reads that were begun again";
     "weightd_digest_mismatches_total" "counter" "source: hf, s3, file" "Files whose bytes were not what the origin claims";
     "weightd_acquires_total" "counter" "outcome: ok, denied, failed" "Volumes that pods asked for";
-    "weightd_acquires_active" "gauge" "" "Volumes that kubelet waits for";
+    "weightd_acquires_active" "gauge" "" "Volumes that kubelet waits for, also in the pauses between its calls";
     "weightd_volumes_total" "counter" "found: here, waited" "Volumes that pods were given: at once, or after somebody waited for a fetch";
     "weightd_volume_bytes_total" "counter" "found: here, waited" "Bytes of the models in them, as far as they were complete; less what was fetched, that is what pods did not download";
     "weightd_store_bytes" "gauge" "tier: local; held: pinned, unpinned, partial" "Bytes in the store";
@@ -61,6 +63,7 @@ describe! {
     "weightd_warm_models" "gauge" "phase: pending, fetching, ready, failed, waiting" "Models that this node is to keep";
     "weightd_node_tainted" "gauge" "taint: startup, warming" "Whether this node has a taint that weightd is to remove: 1 if so";
     "weightd_kube_failures_total" "counter" "call: watch_node, watch_prefetches, watch_csinode, taint, labels, status, event" "Requests to the API server that failed";
+    "weightd_shared_configured" "gauge" "" "Whether the settings name a shared tier: 1 if so";
     "weightd_shared_up" "gauge" "" "The shared tier: 2 in use, 1 only read, 0 left out or none";
     "weightd_shared_copied_bytes_total" "counter" "" "Bytes copied from the shared tier";
     "weightd_shared_written_bytes_total" "counter" "" "Bytes written to the shared tier";
@@ -128,6 +131,11 @@ const FAILURES: [&str; 9] = [
 ];
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfWhy {
+    why: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct OfPhase {
     phase: &'static str,
 }
@@ -153,6 +161,7 @@ pub struct Metrics {
     fetch_seconds: Family<Ended, Histogram>,
     failures: Family<Retried, Counter>,
     pub(crate) fetches_active: Gauge,
+    fetches_waiting: Family<OfWhy, Gauge>,
     pub(crate) connections: Gauge,
     retries: Family<Retried, Counter>,
     mismatches: Family<FromSource, Counter>,
@@ -172,6 +181,7 @@ pub struct Metrics {
     warm_models: Family<OfPhase, Gauge>,
     node_tainted: Family<OfTaint, Gauge>,
     kube_failures: Family<OfCall, Counter>,
+    shared_configured: Gauge,
     shared_up: Gauge,
     shared_copied: Counter,
     shared_written: Counter,
@@ -180,16 +190,6 @@ pub struct Metrics {
     certificate_end: Gauge,
     admissions: Family<OfOutcome, Counter>,
     pending_fills: Family<OfOutcome, Counter>,
-}
-
-/// A volume that kubelet waits for: counted until it is dropped.
-#[derive(Debug)]
-pub struct Acquiring(Gauge);
-
-impl Drop for Acquiring {
-    fn drop(&mut self) {
-        self.0.dec();
-    }
 }
 
 /// From a cached model, which takes milliseconds, to a cold one over a slow link: 10 ms to 2.9 h.
@@ -206,6 +206,7 @@ impl Default for Metrics {
             fetch_seconds: Family::new_with_constructor(seconds_buckets),
             failures: Family::default(),
             fetches_active: Gauge::default(),
+            fetches_waiting: Family::default(),
             connections: Gauge::default(),
             retries: Family::default(),
             mismatches: Family::default(),
@@ -225,6 +226,7 @@ impl Default for Metrics {
             warm_models: Family::default(),
             node_tainted: Family::default(),
             kube_failures: Family::default(),
+            shared_configured: Gauge::default(),
             shared_up: Gauge::default(),
             shared_copied: Counter::default(),
             shared_written: Counter::default(),
@@ -251,6 +253,11 @@ fn add(registry: &mut Registry, name: &str, metric: impl prometheus_client::regi
     registry.register(name.trim_end_matches("_total"), meaning, metric);
 }
 
+/// As a gauge has it.
+fn number(value: impl TryInto<i64>) -> i64 {
+    value.try_into().unwrap_or(i64::MAX)
+}
+
 impl Metrics {
     fn register(&self) {
         let mut registry = self.registry.lock().expect("no holder of this lock panics");
@@ -263,6 +270,7 @@ impl Metrics {
             "weightd_fetch_seconds" fetch_seconds;
             "weightd_fetch_failures_total" failures;
             "weightd_fetches_active" fetches_active;
+            "weightd_fetches_waiting" fetches_waiting;
             "weightd_fetch_connections" connections;
             "weightd_fetch_retries_total" retries;
             "weightd_digest_mismatches_total" mismatches;
@@ -282,6 +290,7 @@ impl Metrics {
             "weightd_warm_models" warm_models;
             "weightd_node_tainted" node_tainted;
             "weightd_kube_failures_total" kube_failures;
+            "weightd_shared_configured" shared_configured;
             "weightd_shared_up" shared_up;
             "weightd_shared_copied_bytes_total" shared_copied;
             "weightd_shared_written_bytes_total" shared_written;
@@ -307,6 +316,7 @@ impl Metrics {
         for reason in ["away", "unwritable", "damaged", "write"] {
             let _ = self.shared_failures.get_or_create(&OfReason { reason });
         }
+        self.observe_fetches(&[]);
         self.evicted(0, 0);
         self.verified(0, 0);
     }
@@ -385,6 +395,11 @@ impl Metrics {
         self.shared_failures.get_or_create(&reason).inc();
     }
 
+    /// The settings name a shared tier.
+    pub(crate) fn shared_is_configured(&self) {
+        self.shared_configured.set(1);
+    }
+
     pub(crate) fn shared_reach(&self, reach: Reach) {
         self.shared_up.set(match reach {
             Reach::Away => 0,
@@ -420,11 +435,18 @@ impl Metrics {
         self.acquires.get_or_create(&OfOutcome { outcome }).inc();
     }
 
-    /// Counts a volume that kubelet waits for, as long as what is returned lives.
-    #[must_use]
-    pub fn acquiring(&self) -> Acquiring {
-        self.acquires_active.inc();
-        Acquiring(self.acquires_active.clone())
+    /// Shows how many volumes kubelet waits for.
+    pub fn observe_waiting(&self, volumes: usize) {
+        self.acquires_active.set(number(volumes));
+    }
+
+    /// Shows what the fetches under way wait for.
+    pub fn observe_fetches(&self, fetches: &[Progress]) {
+        for why in Progress::REASONS {
+            let waiting = fetches.iter().filter(|now| now.waits_for() == Some(why));
+            let gauge = self.fetches_waiting.get_or_create(&OfWhy { why });
+            gauge.set(number(waiting.count()));
+        }
     }
 
     /// Counts a volume that a pod was given, and its bytes if it is complete.
@@ -440,7 +462,7 @@ impl Metrics {
     /// Shows how many models of the warm set are in one phase.
     pub fn warm_models(&self, phase: &'static str, models: usize) {
         let gauge = self.warm_models.get_or_create(&OfPhase { phase });
-        gauge.set(i64::try_from(models).unwrap_or(i64::MAX));
+        gauge.set(number(models));
     }
 
     /// Shows whether this node has one of our taints: `startup` or `warming`.
@@ -535,12 +557,11 @@ impl Metrics {
                 tier: "local",
                 held,
             });
-            gauge.set(i64::try_from(bytes).unwrap_or(i64::MAX));
+            gauge.set(number(bytes));
         };
         set("pinned", usage.pinned);
         set("unpinned", usage.store.saturating_sub(usage.pinned));
         set("partial", usage.partial);
-        let number = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
         self.store_free
             .get_or_create(&LOCAL)
             .set(number(usage.free));
@@ -559,6 +580,7 @@ impl Metrics {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fetch::{Phase, Wait};
 
     #[test]
     fn every_described_metric_is_scraped() {
@@ -587,5 +609,22 @@ mod tests {
             text.contains("weightd_fetch_bytes_total{source=\"hf\"} 5"),
             "{text}"
         );
+    }
+    #[test]
+    fn what_fetches_wait_for_is_counted_by_its_reason_and_no_longer_than_it_lasts() {
+        let metrics = Metrics::default();
+        let mut turn = Progress::of("hf://org/model".parse().unwrap());
+        turn.wait = Some(Wait::Turn);
+        let mut room = Progress::of("hf://org/large".parse().unwrap());
+        room.phase = Phase::WaitingForRoom;
+
+        metrics.observe_fetches(&[turn.clone(), room, turn]);
+
+        let has = |line: &str| metrics.encode().contains(&format!("{line}\n"));
+        assert!(has("weightd_fetches_waiting{why=\"turn\"} 2"));
+        assert!(has("weightd_fetches_waiting{why=\"room\"} 1"));
+        assert!(has("weightd_fetches_waiting{why=\"origin\"} 0"));
+        metrics.observe_fetches(&[]);
+        assert!(has("weightd_fetches_waiting{why=\"turn\"} 0"));
     }
 }

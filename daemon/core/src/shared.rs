@@ -110,6 +110,12 @@ pub enum SharedError {
         /// Its format.
         found: u32,
     },
+    /// One of its own folders is a symlink: who may write in the tier would have every node write elsewhere.
+    #[error("{} is a symlink, or no directory", path.display())]
+    NoFolder {
+        /// The folder.
+        path: PathBuf,
+    },
     /// The directory lies on another file system than it should.
     #[error("{} lies on {found}, not on {expected}", path.display())]
     WrongFileSystem {
@@ -142,6 +148,9 @@ impl SharedError {
             Self::NewerFormat { .. } => {
                 Some("upgrade weightd on this node, or give the older one a shared root of its own")
             }
+            Self::NoFolder { .. } => Some(
+                "find out who made it, remove it, and let only weightd write in the shared root",
+            ),
             Self::WrongFileSystem { .. } => {
                 Some("is the file system mounted? look at the volume, or change shared.filesystem")
             }
@@ -212,7 +221,11 @@ impl SharedStore {
             }
         };
         for folder in ["blobs", "snapshots", "refs", "leases"] {
-            make_dir(&root.join(folder))?;
+            let path = root.join(folder);
+            make_dir(&path)?;
+            if !fs::symlink_metadata(&path).at("look at", &path)?.is_dir() {
+                return Err(SharedError::NoFolder { path });
+            }
         }
         Ok(Self {
             root,

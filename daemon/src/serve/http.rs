@@ -84,17 +84,16 @@ async fn readyz(State(asked): State<Asked>) -> (StatusCode, &'static str) {
 }
 
 async fn metrics(State(asked): State<Asked>) -> Response {
-    let store = Arc::clone(&asked.engine.store);
+    let engine = &asked.engine;
+    engine.metrics.observe_waiting(engine.volumes.waiting());
+    engine.metrics.observe_fetches(&engine.fetcher.active());
+    let store = Arc::clone(&engine.store);
     match blocking::run(move || store.usage()).await {
-        Ok(usage) => asked.engine.metrics.observe_store(&usage),
+        Ok(usage) => engine.metrics.observe_store(&usage),
         Err(error) => tracing::warn!(error = %Chain(&error), "store not measured"),
     }
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    (
-        [(header::CONTENT_TYPE, kind)],
-        asked.engine.metrics.encode(),
-    )
-        .into_response()
+    ([(header::CONTENT_TYPE, kind)], engine.metrics.encode()).into_response()
 }
 
 #[cfg(test)]

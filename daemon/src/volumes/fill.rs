@@ -9,11 +9,11 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use weightd_core::blocking;
 use weightd_core::errors::Chain;
-use weightd_core::fetch::{FetchError, Progress};
+use weightd_core::fetch::{FetchError, FetchRequest, Progress};
 use weightd_core::source::SourceError;
 use weightd_core::store::{Holder, StoreError, VolumeRecord};
 
-use super::{AcquireError, Volumes, is_refusal};
+use super::{AcquireError, Volumes, fetch_request, is_refusal};
 use crate::access::{AccessError, Grant};
 
 /// The pauses between tries to complete a volume that is mounted already.
@@ -102,6 +102,21 @@ impl Volumes {
         if let Some(filler) = filler {
             filler.stop.cancel();
         }
+    }
+
+    /// What brings the files of a volume that is being filled.
+    pub(super) fn filled_with(&self, holder: &Holder) -> Option<FetchRequest> {
+        let filling = self.filling();
+        filling
+            .get(holder)
+            .map(|filler| fetch_request(&filler.record))
+    }
+
+    /// Whether a volume is filled with what `request` brings.
+    pub(super) fn fills(&self, request: &FetchRequest) -> bool {
+        let filling = self.filling();
+        let mut requests = filling.values().map(|filler| fetch_request(&filler.record));
+        requests.any(|filled| filled == *request)
     }
 
     async fn fill(&self, task: &Task) {

@@ -6,6 +6,7 @@ use tokio::runtime::Handle;
 use tokio::sync::{Mutex, OwnedMutexGuard};
 use weightd_core::blocking;
 use weightd_core::errors::Chain;
+use weightd_core::fetch::FetchRequest;
 use weightd_core::model::{ModelRef, SnapshotId};
 use weightd_core::store::{Holder, Store, StoreError};
 
@@ -128,18 +129,23 @@ impl Volumes {
     }
 
     /// Lets go of all that the holder holds; returns how many snapshots that were. Calls that began before
-    /// it give the holder nothing after it. It is done also if nobody waits for it.
+    /// it give the holder nothing after it. A fetch that failed, and that nobody else waits for, is not tried again.
+    /// It is done also if nobody waits for it.
     ///
     /// # Errors
     ///
     /// [`StoreError::Io`].
     pub async fn release(self: &Arc<Self>, holder: Holder) -> Result<u32, StoreError> {
-        self.waiting().remove(&holder);
         let volumes = Arc::clone(self);
         let released = self.tasks.spawn(async move {
             let mut turn = volumes.turns(&holder).lock_owned().await;
             *turn += 1;
-            volumes.let_go(&holder, turn).await
+            let wanted = [volumes.asked.remove(&holder), volumes.filled_with(&holder)];
+            let released = volumes.let_go(&holder, turn).await;
+            for request in wanted.into_iter().flatten() {
+                volumes.give_up(&request).await;
+            }
+            released
         });
         match released.await {
             Ok(released) => released,
@@ -156,5 +162,19 @@ impl Volumes {
             store.release(&holder)
         })
         .await
+    }
+
+    /// Forgets a fetch that failed, unless somebody else waits for it. One that is under way goes on: who deletes a pod
+    /// often makes another one.
+    async fn give_up(&self, request: &FetchRequest) {
+        if self.asked.wants(request) || self.fills(request) {
+            return;
+        }
+        match self.fetcher.give_up_if_failed(request).await {
+            Ok(_) => {}
+            Err(error) => tracing::warn!(
+                model = %request.model, error = %Chain(&error), "the record of a fetch that nobody waits for stays"
+            ),
+        }
     }
 }

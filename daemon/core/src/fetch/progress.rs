@@ -83,6 +83,33 @@ impl Progress {
             wait: None,
         }
     }
+
+    /// All that [`Progress::waits_for`] says.
+    pub const REASONS: [&str; 7] = [
+        "room",
+        "rate_limit",
+        "origin",
+        "silence",
+        "neighbour",
+        "others",
+        "turn",
+    ];
+
+    /// What it waits for, in one word; `None` while bytes get here.
+    #[must_use]
+    pub fn waits_for(&self) -> Option<&'static str> {
+        if self.phase == Phase::WaitingForRoom {
+            return Some("room");
+        }
+        Some(match self.wait.as_ref()? {
+            Wait::RateLimit { .. } => "rate_limit",
+            Wait::Origin { .. } => "origin",
+            Wait::Silence => "silence",
+            Wait::Neighbour => "neighbour",
+            Wait::Others => "others",
+            Wait::Turn => "turn",
+        })
+    }
 }
 
 /// The counters of one fetch.

@@ -58,6 +58,24 @@ fn nodes_that_make_the_store_at_once_make_one() {
 }
 
 #[test]
+fn a_folder_that_leads_elsewhere_is_refused_and_the_root_may_do_so() {
+    let (dir, _) = store();
+    let other = tempfile::tempdir().unwrap();
+    let (folder, elsewhere) = (dir.path().join("leases"), other.path().join("leases"));
+    fs::rename(&folder, &elsewhere).unwrap();
+    std::os::unix::fs::symlink(&elsewhere, &folder).unwrap();
+
+    let error = open(dir.path()).unwrap_err();
+
+    assert!(matches!(error, SharedError::NoFolder { .. }), "{error}");
+    assert!(error.hint().is_some());
+    fs::remove_file(&folder).unwrap();
+    let root = other.path().join("root");
+    std::os::unix::fs::symlink(dir.path(), &root).unwrap();
+    open(&root).expect("the operator's own symlink is fine");
+}
+
+#[test]
 fn what_is_no_shared_store_is_refused() {
     let cases = [
         ("notes", "mine", "not a shared store"),

@@ -156,6 +156,7 @@ impl SharedTier {
     #[must_use]
     pub fn new(config: SharedConfig, metrics: Arc<Metrics>) -> Arc<Self> {
         let host = nix::unistd::gethostname().unwrap_or_default();
+        metrics.shared_is_configured();
         let tier = Arc::new(Self {
             owner: format!("{} {}", host.to_string_lossy(), uuid::Uuid::new_v4()),
             state: Mutex::new(State {

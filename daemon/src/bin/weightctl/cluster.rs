@@ -1,6 +1,6 @@
 //! `weightctl cluster`: which node has what, as the API server knows it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ use weightd::kube::labels::PREFIX;
 use weightd::kube::placement::label_key;
 use weightd::kube::prefetch::{ModelPrefetch, NodePhase, NodeStatus};
 use weightd_core::errors::Chain;
+use weightd_core::model::ModelRef;
 use weightd_kube::{Cause, Timeouts, connect_as_kubectl};
 
 use crate::output::{self, Output, bytes, table};
@@ -25,15 +26,20 @@ const TIMEOUTS: Timeouts = Timeouts {
     idle: Duration::from_secs(30),
 };
 
-/// Objects of one answer to a list.
+/// Nodes of one answer to a list.
 ///
 /// Source: the page size of client-go's pager, `defaultPageSize`.
-const PAGE: u32 = 500;
+const NODES: u32 = 500;
+
+/// The same for objects, each of which may tell of thousands of nodes.
+const PREFETCHES: u32 = 10;
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
   weightctl cluster
+  weightctl cluster hf://org/model
+  weightctl cluster --node ip-10-0-1-7.ec2.internal
   weightctl cluster --kubeconfig ~/.kube/staging
   weightctl --output json cluster | jq '.prefetches[].nodes[] | select(.phase != \"Ready\")'
   weightctl --output json cluster | jq -r '.nodes[] | select(.models[\"hf.org.model\"]) | .name'
@@ -41,8 +47,15 @@ Examples:
 It reads ModelPrefetch objects and the labels of Nodes, so whoever may `list` these may run it. A Node has
 labels for the models that it used last (16, see kubernetes.labels), and only for names that a label can have.
 JSON: {prefetches: [{name, source, revision, pin, priority, summary, nodes: [{name, phase, revision, bytes,
-bytesDone, message, updated}]}], nodes: [{name, models: {LABEL: REVISION}}]}.")]
+bytesDone, message, updated, gone}]}], nodes: [{name, models: {LABEL: REVISION}}]}; gone: that node has left the
+cluster, and nobody has removed what it said.")]
 pub(crate) struct ClusterArgs {
+    /// Only this model, at whatever revision
+    #[arg(value_name = "MODEL")]
+    model: Option<ModelRef>,
+    /// Only what this node has and gets
+    #[arg(long, value_name = "NAME")]
+    node: Option<String>,
     /// How to reach the API server, instead of what kubectl would use here
     #[arg(long, value_name = "FILE")]
     kubeconfig: Option<PathBuf>,
@@ -63,7 +76,16 @@ struct Prefetch {
     pin: bool,
     priority: i32,
     summary: Option<String>,
-    nodes: Vec<NodeStatus>,
+    nodes: Vec<Entry>,
+}
+
+/// What one node says of a `ModelPrefetch`.
+#[derive(Debug, Serialize)]
+struct Entry {
+    #[serde(flatten)]
+    said: NodeStatus,
+    /// There is no such Node any more.
+    gone: bool,
 }
 
 #[derive(Debug, Serialize)]
@@ -87,18 +109,49 @@ pub(crate) async fn run(output: Output, args: &ClusterArgs) -> anyhow::Result<()
         )
     })?;
     let asked = tokio::time::timeout(TIMEOUTS.call, ask(&client)).await;
-    let cluster = asked.map_err(|_| {
+    let mut cluster = asked.map_err(|_| {
         let limit_s = TIMEOUTS.call.as_secs();
         anyhow!("the API server did not answer within {limit_s} s\nhint: does `kubectl get nodes` work here?")
     })??;
+    narrow(&mut cluster, args);
     output.result(&cluster, text)
+}
+
+/// Leaves what the user asked for.
+fn narrow(cluster: &mut Cluster, args: &ClusterArgs) {
+    if let Some(wanted) = &args.model {
+        let key = label_key(wanted);
+        let key = key.as_deref().and_then(|key| key.strip_prefix(PREFIX));
+        cluster
+            .prefetches
+            .retain(|prefetch| is_of(&prefetch.source, wanted));
+        for node in &mut cluster.nodes {
+            node.models.retain(|model, _| Some(model.as_str()) == key);
+        }
+    }
+    if let Some(wanted) = &args.node {
+        for prefetch in &mut cluster.prefetches {
+            prefetch.nodes.retain(|entry| entry.said.name == *wanted);
+        }
+        cluster
+            .prefetches
+            .retain(|prefetch| !prefetch.nodes.is_empty());
+        cluster.nodes.retain(|node| node.name == *wanted);
+    }
+    cluster.nodes.retain(|node| !node.models.is_empty());
+}
+
+fn is_of(source: &str, wanted: &ModelRef) -> bool {
+    let source = source.parse::<ModelRef>();
+    source.is_ok_and(|model| (model.scheme(), model.name()) == (wanted.scheme(), wanted.name()))
 }
 
 async fn ask(client: &Client) -> anyhow::Result<Cluster> {
     let nodes: Api<PartialObjectMeta<Node>> = Api::all(client.clone());
-    let nodes = all(&nodes).await.map_err(|error| refused("nodes", error))?;
+    let nodes = all(&nodes, NODES).await;
+    let nodes = nodes.map_err(|error| refused("nodes", error))?;
     let prefetches: Api<ModelPrefetch> = Api::all(client.clone());
-    let prefetches = match all(&prefetches).await {
+    let prefetches = match all(&prefetches, PREFETCHES).await {
         Ok(prefetches) => prefetches,
         Err(kube::Error::Api(status)) if status.code == 404 => {
             output::note(
@@ -108,17 +161,19 @@ async fn ask(client: &Client) -> anyhow::Result<Cluster> {
         }
         Err(error) => return Err(refused("modelprefetches", error)),
     };
+    let names: BTreeSet<String> = nodes.iter().map(ResourceExt::name_any).collect();
+    let prefetches = prefetches.into_iter();
     Ok(Cluster {
-        prefetches: prefetches.into_iter().map(prefetch).collect(),
+        prefetches: prefetches.map(|it| prefetch(it, &names)).collect(),
         nodes: nodes.iter().filter_map(one_node).collect(),
     })
 }
 
-async fn all<K>(objects: &Api<K>) -> Result<Vec<K>, kube::Error>
+async fn all<K>(objects: &Api<K>, page: u32) -> Result<Vec<K>, kube::Error>
 where
     K: Resource + Clone + std::fmt::Debug + serde::de::DeserializeOwned,
 {
-    let mut page = ListParams::default().limit(PAGE);
+    let mut page = ListParams::default().limit(page);
     let mut all = Vec::new();
     loop {
         let found = objects.list(&page).await?;
@@ -145,11 +200,16 @@ fn refused(what: &str, error: kube::Error) -> anyhow::Error {
     anyhow!("cannot list {what}: {}\nhint: {hint}", Cause::from(error))
 }
 
-fn prefetch(object: ModelPrefetch) -> Prefetch {
+/// `there` are the nodes of the cluster.
+fn prefetch(object: ModelPrefetch, there: &BTreeSet<String>) -> Prefetch {
     let name = object.name_any();
     let status = object.status.unwrap_or_default();
-    let mut nodes = status.nodes;
-    nodes.sort_by(|a, b| a.name.cmp(&b.name));
+    let entry = |said: NodeStatus| Entry {
+        gone: !there.contains(&said.name),
+        said,
+    };
+    let mut nodes: Vec<Entry> = status.nodes.into_iter().map(entry).collect();
+    nodes.sort_by(|a, b| a.said.name.cmp(&b.said.name));
     Prefetch {
         name,
         source: object.spec.source,
@@ -185,10 +245,13 @@ fn text(cluster: &Cluster) -> String {
             let says = "no node has told of it yet";
             rows.push(row([&model, &prefetch.name, "-", "-", "-", "-", says]));
         }
-        rows.extend(prefetch.nodes.iter().map(|node| {
+        rows.extend(prefetch.nodes.iter().map(|entry| {
+            let node = &entry.said;
             let revision = node.revision.as_deref().map_or("-".to_owned(), short);
-            let says = first_words(&node.message);
-            let phase = node.phase.as_str();
+            let (phase, says) = match entry.gone {
+                true => ("Gone", "this node has left the cluster".to_owned()),
+                false => (node.phase.as_str(), first_words(&node.message)),
+            };
             row([
                 &model,
                 &prefetch.name,
@@ -236,13 +299,9 @@ fn row(cells: [&str; 7]) -> Vec<String> {
 fn is_told(cluster: &Cluster, node: &str, model: &str) -> bool {
     let key = format!("{PREFIX}{model}");
     cluster.prefetches.iter().any(|prefetch| {
-        let same = prefetch
-            .source
-            .parse()
-            .ok()
-            .and_then(|model| label_key(&model))
-            == Some(key.clone());
-        let mut there = prefetch.nodes.iter();
+        let source = prefetch.source.parse().ok();
+        let same = source.and_then(|model| label_key(&model)).as_ref() == Some(&key);
+        let mut there = prefetch.nodes.iter().map(|entry| &entry.said);
         same && there.any(|it| it.name == node && it.phase == NodePhase::Ready)
     })
 }
@@ -288,7 +347,8 @@ mod tests {
                 "metadata": { "name": name }, "spec": { "source": source },
                 "status": { "summary": "1/2 ready", "nodes": nodes },
             });
-            prefetch(serde_json::from_value(object).unwrap())
+            let there = ["node-a", "node-b", "node-c"].map(str::to_owned);
+            prefetch(serde_json::from_value(object).unwrap(), &there.into())
         };
         let at = "2026-01-01T00:00:00Z";
         let revision = "0e9e39f249a16976918f6564b8830bc894c89659";
@@ -296,6 +356,8 @@ mod tests {
             { "name": "node-b", "phase": "Fetching", "bytes": 400, "bytesDone": 100, "updated": at,
               "message": "12.0 MiB/s, 3 min left" },
             { "name": "node-a", "phase": "Ready", "revision": revision, "bytes": 2048,
+              "bytesDone": 2048, "updated": at },
+            { "name": "node-x", "phase": "Ready", "revision": revision, "bytes": 2048,
               "bytesDone": 2048, "updated": at },
         ]);
         let labelled = |name: &str, model: &str| OneNode {
@@ -321,6 +383,7 @@ MODEL           PREFETCH  NODE    PHASE     DONE           REVISION      SAYS
 hf.org.other    -         node-c  Ready     -              0e9e39f249a1  by its label
 hf://org/model  chat      node-a  Ready     2.0 KiB        0e9e39f249a1
 hf://org/model  chat      node-b  Fetching  25 % of 400 B  -             12.0 MiB/s, 3 min left
+hf://org/model  chat      node-x  Gone      2.0 KiB        0e9e39f249a1  this node has left the cluster
 s3://bucket/x   none      -       -         -              -             no node has told of it yet
 ";
 
@@ -342,6 +405,13 @@ s3://bucket/x   none      -       -         -              -             no node
         let value = serde_json::to_value(cluster()).unwrap();
 
         assert_eq!(value["prefetches"][0]["nodes"][0]["bytesDone"], 2048);
+        let gone: Vec<_> = value["prefetches"][0]["nodes"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|node| &node["gone"])
+            .collect();
+        assert_eq!(gone, [false, false, true]);
         assert_eq!(value["nodes"][1]["name"], "node-c");
     }
 }

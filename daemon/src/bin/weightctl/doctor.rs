@@ -24,6 +24,7 @@ use crate::backend::{self, DEFAULT_SOCKET, Place};
 use crate::output::{self, Output};
 
 mod daemon;
+mod kubernetes;
 mod node;
 mod origins;
 mod shared;
@@ -31,6 +32,9 @@ mod store;
 
 /// How long one check may take.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Where the chart's daemon, and one that a package installed, have their settings.
+const INSTALLED: &str = "/etc/weightd/weightd.toml";
 
 /// How long all of them may take: no more than four follow on each other.
 const PATIENCE_FOR_ALL: Duration = Duration::from_secs(30);
@@ -46,7 +50,7 @@ Examples:
 
 JSON: an array of {check, level, found, hint}; level is ok, warn or error, and hint may be null.")]
 pub(crate) struct DoctorArgs {
-    /// Check what the daemon's settings in FILE say
+    /// Check what the daemon's settings in FILE say [default: /etc/weightd/weightd.toml if it can be read, unless --root is given]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Make the checks in this process; what doctor runs
@@ -132,9 +136,10 @@ impl Setup {
     /// What cannot be used of the file becomes a finding.
     fn new(global: &Global, args: &DoctorArgs) -> anyhow::Result<(Self, Vec<Finding>)> {
         let place = backend::place(global)?;
-        let (config, findings) = match &args.config {
+        let named = args.config.clone();
+        let (config, findings) = match named.or_else(|| installed(&place, Path::new(INSTALLED))) {
             None => (None, Vec::new()),
-            Some(path) => read(path),
+            Some(path) => read(&path),
         };
         let configured = config.is_some();
         let config = config.unwrap_or_default();
@@ -171,6 +176,12 @@ impl Setup {
             StoreLimits::default()
         }
     }
+}
+
+/// The daemon's settings, where nobody names any: a store of one's own has nothing to do with them.
+fn installed(place: &Place, file: &Path) -> Option<PathBuf> {
+    let of_daemon = !matches!(place, Place::Root(_));
+    (of_daemon && std::fs::File::open(file).is_ok()).then(|| file.to_owned())
 }
 
 /// The shared tier, if one is named.
@@ -258,14 +269,19 @@ async fn from_child() -> anyhow::Result<Vec<Finding>> {
 async fn check(global: &Global, args: &DoctorArgs) -> anyhow::Result<Vec<Finding>> {
     let (setup, mut findings) = Setup::new(global, args)?;
     let daemon = daemon::check(&setup.socket, setup.wants_daemon).await;
-    let (store, shared, node, hub, s3) = tokio::join!(
+    let (store, shared, node, kubernetes, hub, s3) = tokio::join!(
         check_store(&setup, daemon.root),
         check_shared(setup.shared_root.as_deref()),
-        bounded("csi", PATIENCE, || node::csi(Path::new(node::KUBELET))),
+        bounded("csi", PATIENCE, || {
+            let in_pod = std::env::var_os("KUBERNETES_SERVICE_HOST").is_some();
+            node::csi(Path::new(node::KUBELET), in_pod)
+        }),
+        kubernetes::check(&setup.config.kubernetes),
         origins::hub(&setup.config),
         origins::s3(&setup.config.s3),
     );
-    for found in [store, vec![daemon.finding], node, hub, s3, shared] {
+    let daemon = vec![daemon.finding];
+    for found in [store, daemon, node, kubernetes, hub, s3, shared] {
         findings.extend(found);
     }
     findings.extend([node::cpu(), node::open_files(), node::clock()]);
@@ -367,6 +383,19 @@ mod tests {
         let found = vec![Finding::ok("csi", "fine")];
         let same = found.clone();
         assert_eq!(bounded("csi", PATIENCE, move || same).await, found);
+    }
+
+    #[test]
+    fn the_daemons_settings_are_found_but_for_a_store_of_ones_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("weightd.toml");
+        assert_eq!(installed(&Place::Either, &file), None, "there is none");
+        std::fs::write(&file, "").unwrap();
+        assert_eq!(installed(&Place::Either, &file), Some(file.clone()));
+        let socket = Place::Socket("/run/x.sock".into());
+        assert_eq!(installed(&socket, &file), Some(file.clone()));
+        let own = Place::Root(dir.path().to_owned());
+        assert_eq!(installed(&own, &file), None);
     }
 
     #[test]

@@ -158,3 +158,25 @@ async fn what_is_given_up_between_two_tries_is_not_tried_again() {
     assert!(matches!(error, FetchError::Source { .. }), "{error}");
     assert_eq!(fetcher.store().recorded_fetches().unwrap(), []);
 }
+
+#[tokio::test(start_paused = true)]
+async fn what_failed_can_be_given_up_and_what_is_under_way_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::new(&[("a.bin", content(5000))]);
+    let store = Store::open(dir.path(), StoreLimits::default()).unwrap();
+    let sources = Arc::new(Failing(origin, Mutex::new(vec![changed()])));
+    let fetcher = Fetcher::new(store, sources, limits(), Arc::default());
+    let trying = tokio::spawn({
+        let fetcher = Arc::clone(&fetcher);
+        async move { fetcher.keep_trying(request(&["*"])).await }
+    });
+    tokio::time::sleep(Duration::from_secs(1)).await;
+
+    assert!(fetcher.give_up_if_failed(&request(&["*"])).await.unwrap());
+
+    trying.await.unwrap().expect_err("it was tried again");
+    assert_eq!(fetcher.store().recorded_fetches().unwrap(), []);
+    let under_way = fetcher.fetch(request(&["*"]));
+    assert!(!fetcher.give_up_if_failed(&request(&["*"])).await.unwrap());
+    under_way.wait().await.expect("it went on");
+}

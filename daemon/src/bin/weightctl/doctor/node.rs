@@ -75,11 +75,15 @@ fn clock_at(now: Timestamp) -> Finding {
     )
 }
 
-/// Whether kubelet can find the plugin.
-pub(super) fn csi(kubelet: &Path) -> Vec<Finding> {
+/// Whether kubelet can find the plugin. In a pod kubelet's directory is out of sight, and the API server knows.
+pub(super) fn csi(kubelet: &Path, in_pod: bool) -> Vec<Finding> {
     let at = kubelet.display();
     match kubelet.symlink_metadata() {
         Ok(_) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound && in_pod => {
+            let found = "not seen from within this pod: the Kubernetes findings say whether it is registered";
+            return vec![Finding::ok("csi", found)];
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             return vec![Finding::ok(
                 "csi",
@@ -169,20 +173,21 @@ mod tests {
     #[test]
     fn a_machine_without_kubelet_is_no_kubernetes_node() {
         let dir = tempfile::tempdir().unwrap();
-        let findings = csi(&dir.path().join("kubelet"));
-        assert_eq!(findings.len(), 1);
-        assert_eq!(findings[0].level, Level::Ok);
-        assert!(
-            findings[0].found.contains("not a Kubernetes node"),
-            "{findings:?}"
-        );
+        let says = |in_pod| {
+            let findings = csi(&dir.path().join("kubelet"), in_pod);
+            assert_eq!(findings.len(), 1);
+            assert_eq!(findings[0].level, Level::Ok);
+            findings[0].found.clone()
+        };
+        assert!(says(false).contains("not a Kubernetes node"));
+        assert!(says(true).contains("within this pod"));
     }
 
     #[test]
     fn a_node_needs_the_plugins_socket_and_its_registration() {
         let dir = tempfile::tempdir().unwrap();
         let levels = || {
-            csi(dir.path())
+            csi(dir.path(), false)
                 .iter()
                 .map(|found| found.level)
                 .collect::<Vec<_>>()
@@ -202,7 +207,7 @@ mod tests {
         .unwrap();
         assert_eq!(levels(), [Level::Ok, Level::Ok]);
         drop(listener);
-        let found = csi(dir.path()).remove(0);
+        let found = csi(dir.path(), false).remove(0);
         assert_eq!(found.level, Level::Error);
         assert!(found.found.contains("nobody serves"), "{found:?}");
     }

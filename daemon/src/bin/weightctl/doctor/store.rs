@@ -19,6 +19,11 @@ const AS_ROOT: &str = "run this as the user whose store it is, or as root";
 /// With less than this free, not even small files can be fetched.
 const NO_ROOM: u64 = 64 << 20;
 
+/// How full a file system may get before kubelet acts, less 5 for what others write meanwhile.
+///
+/// Source: the defaults of kubelet: `imageGCHighThresholdPercent` 85, `imagefs.available` 15 %, `nodefs.available` 10 %.
+const KUBELET_LEAVES: u8 = 80;
+
 /// Whose store it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Owner {
@@ -39,6 +44,7 @@ pub(super) fn check(root: &Path, limits: StoreLimits, owner: Owner) -> Vec<Findi
     let mut findings = vec![finding, format(&root, owner), file_system(&base)];
     let (system, instance_store) = (Path::new("/"), Path::new(node::INSTANCE_STORE));
     findings.push(disk(&root, &base, system, instance_store));
+    findings.extend(beside_kubelet(&base, limits, Path::new(node::KUBELET)));
     if writable && base == root {
         findings.push(hard_links(&root));
     }
@@ -159,7 +165,9 @@ fn file_system(base: &Path) -> Finding {
 fn disk(root: &Path, base: &Path, system: &Path, instance_store: &Path) -> Finding {
     let device = |path: &Path| fs::metadata(path).map(|metadata| metadata.dev()).ok();
     let here = device(base);
-    if let Some(nvme) = device(instance_store) {
+    // Else nothing is mounted there, as in a container, which sees the store alone.
+    let mounted = device(instance_store).filter(|nvme| Some(*nvme) != device(system));
+    if let Some(nvme) = mounted {
         let at = instance_store.display();
         if here == Some(nvme) {
             return Finding::ok("store-disk", format!("on the instance store at {at}"));
@@ -177,6 +185,24 @@ fn disk(root: &Path, base: &Path, system: &Path, instance_store: &Path) -> Findi
         return Finding::warn("store-disk", found, hint);
     }
     Finding::ok("store-disk", "not on the root file system")
+}
+
+/// Whether kubelet, if it is on the same file system, leaves the store what it may fill.
+fn beside_kubelet(base: &Path, limits: StoreLimits, kubelet: &Path) -> Option<Finding> {
+    let device = |path: &Path| fs::metadata(path).map(|metadata| metadata.dev()).ok();
+    let high = limits.high_percent;
+    device(kubelet).filter(|theirs| Some(*theirs) == device(base))?;
+    if high <= KUBELET_LEAVES {
+        let found =
+            format!("kubelet's is the same file system, and the store fills {high} % of it");
+        return Some(Finding::ok("store-kubelet", found));
+    }
+    let found = format!(
+        "kubelet's is the same file system, and the store fills {high} % of it: at 85 % kubelet deletes images"
+    );
+    let hint = "set `store.high_watermark_percent` to 80 or less (5 below kubelet's `imageGCHighThresholdPercent`, and \
+                below what its eviction thresholds leave), or put the store on a disk of its own";
+    Some(Finding::warn("store-kubelet", found, hint))
 }
 
 /// Makes a hard link as the store does, and removes it.
@@ -335,7 +361,27 @@ mod tests {
         assert_eq!(level(nowhere, here), Level::Ok);
         assert_eq!(level(nowhere, Path::new("/proc")), Level::Warn);
         assert_eq!(level(here, nowhere), Level::Warn);
+        // A container's own directory above the mount of its store.
+        assert_eq!(level(Path::new("/proc"), Path::new("/proc")), Level::Ok);
         assert_eq!(level(Path::new("/proc"), nowhere), Level::Ok);
+    }
+
+    #[test]
+    fn a_store_beside_kubelet_may_not_fill_what_kubelet_needs() {
+        let dir = tempfile::tempdir().unwrap();
+        let level = |high_percent, kubelet: &str| {
+            let limits = StoreLimits {
+                high_percent,
+                ..StoreLimits::default()
+            };
+            let kubelet = dir.path().join(kubelet);
+            beside_kubelet(dir.path(), limits, &kubelet).map(|found| found.level)
+        };
+        assert_eq!(level(90, "kubelet"), None, "there is no kubelet");
+        fs::create_dir(dir.path().join("kubelet")).unwrap();
+        assert_eq!(level(80, "kubelet"), Some(Level::Ok));
+        assert_eq!(level(90, "kubelet"), Some(Level::Warn));
+        assert_eq!(level(90, "/proc"), None, "another file system");
     }
 
     #[test]
