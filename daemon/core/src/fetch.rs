@@ -10,12 +10,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::FutureExt;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::blocking;
+use crate::buffers::Buffers;
 use crate::digest::ClaimMismatch;
 use crate::errors::Chain;
 use crate::metrics::Metrics;
@@ -30,11 +31,13 @@ mod pace;
 mod parts;
 mod plan;
 mod progress;
+mod seal;
 mod share;
 #[cfg(test)]
 mod tests;
 mod turns;
 mod wait;
+mod width;
 
 pub use check::CheckError;
 pub use plan::{Plan, PlannedFile};
@@ -43,6 +46,7 @@ pub use wait::Wait;
 
 use progress::Meter;
 use turns::{FileTurns, SnapshotTurns};
+use width::Width;
 
 /// What is asked for.
 pub type FetchRequest = FetchRecord;
@@ -51,7 +55,7 @@ pub type FetchRequest = FetchRecord;
 /// for that of the files.
 #[derive(Debug, Clone, Copy)]
 pub struct FetchLimits {
-    /// Ranged reads at once.
+    /// Ranged reads at once, at the most: there are fewer while more would bring no more.
     pub connections: usize,
     /// Bytes that may have arrived and not be written yet.
     pub memory_bytes: u64,
@@ -246,7 +250,9 @@ struct Shared {
     sources: Arc<dyn Sources>,
     limits: FetchLimits,
     metrics: Arc<Metrics>,
-    connections: Arc<Semaphore>,
+    width: Arc<Width>,
+    /// Bytes that arrived and are not written yet.
+    buffers: Arc<Buffers>,
     turns: FileTurns,
     tier: Option<Arc<SharedTier>>,
 }
@@ -394,7 +400,6 @@ impl Fetcher {
         metrics: Arc<Metrics>,
         tier: Option<Arc<SharedTier>>,
     ) -> Arc<Self> {
-        let connections = limits.connection_permits();
         Arc::new(Self {
             shared: Arc::new(Shared {
                 store,
@@ -402,7 +407,8 @@ impl Fetcher {
                 turns: FileTurns::of_all(&limits),
                 limits,
                 metrics,
-                connections,
+                width: Width::new(limits.connections),
+                buffers: Buffers::new(limits.block_bytes() as usize),
                 tier,
             }),
             active: Mutex::default(),

@@ -59,6 +59,7 @@
 //!   says so as it starts. For models of the Hub its own token never counts.
 
 pub mod blocking;
+mod buffers;
 pub mod digest;
 pub mod errors;
 pub mod fault;

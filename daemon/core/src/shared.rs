@@ -39,7 +39,6 @@ use crate::fault;
 use crate::source::RemoteFile;
 use crate::store::StageKey;
 
-mod buffers;
 pub mod choice;
 mod collect;
 mod fill;
@@ -52,7 +51,6 @@ mod snapshot;
 mod tests;
 mod tier;
 
-pub(crate) use buffers::Buffers;
 pub use collect::{CollectPolicy, CollectedSnapshot, SharedCollected, Why};
 pub use fill::{BadBlock, Fill, Part, SegmentView, SharedClaim, Silence, Sums, View};
 pub use import::{DamagedFile, ImportError, Imported, ImportedModel, Left};

@@ -61,7 +61,7 @@ mod tests;
 mod verify;
 mod volume;
 
-pub use blob::{Claim, Claimed, HashError, Part, StageKey, Watch};
+pub use blob::{Checked, Claim, Claimed, HashError, Part, StageKey, Watch};
 pub use collect::{Collected, Partial};
 pub use evict::{Room, RoomPlan, Usage};
 pub use pin::{Holder, HolderError};
@@ -307,21 +307,38 @@ fn make_dirs(path: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o755).create(path)
 }
 
+/// What a file that was written outlives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Survives {
+    /// The end of this process, not a power loss: after one it may be gone, or empty.
+    ThisProcess,
+    PowerLoss,
+}
+
 /// Writes a small file so that it is there whole, or not at all.
 fn write_atomically(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    write_whole(path, bytes, Survives::PowerLoss)
+}
+
+fn write_whole(path: &Path, bytes: &[u8], survives: Survives) -> io::Result<()> {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(format!(".{}", uuid::Uuid::new_v4()));
     let temporary = path.with_file_name(name);
     let written = File::create(&temporary).and_then(|mut file| {
         file.write_all(bytes)?;
-        file.sync_data()?;
+        if survives == Survives::PowerLoss {
+            file.sync_data()?;
+        }
         fs::rename(&temporary, path)
     });
     if let Err(error) = written {
         let _ = fs::remove_file(&temporary);
         return Err(error);
     }
-    sync_parent(path)
+    match survives {
+        Survives::PowerLoss => sync_parent(path),
+        Survives::ThisProcess => Ok(()),
+    }
 }
 
 /// Makes the names in the directory of `path` survive a power loss.

@@ -6,10 +6,12 @@ use std::time::{Duration, SystemTime};
 
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
+use tokio::sync::SemaphorePermit;
 use tokio::time::Instant;
 
 use super::parts::{self, Origin, PartsError};
 use super::progress::{FileMeter, Phase};
+use super::seal::Sealer;
 use super::share::Share;
 use super::{FetchError, Fetched, Fetcher, FileTurns, Job, check};
 use crate::blocking;
@@ -20,8 +22,8 @@ use crate::model::{Patterns, RelPath, Revision, SnapshotId};
 use crate::shared::{KeptLease, SharedSnapshot, is_shareable};
 use crate::source::{LeftOut, Listing, RemoteFile, Source, SourceError};
 use crate::store::{
-    Claimed, FetchRecord, HashError, Lease, Part, Room, Snapshot, SnapshotLease, StageKey, Store,
-    StoreError, Watch,
+    Checked, Claimed, FetchRecord, HashError, Lease, Part, Room, Snapshot, SnapshotLease, StageKey,
+    Store, StoreError, Watch,
 };
 
 /// How often we look whether somebody else is done with the same bytes.
@@ -191,8 +193,8 @@ impl Fetcher {
             progress.phase = Phase::WaitingForRoom;
         });
         // Small files first: they are what a loader opens first, and what fails first if access is denied.
-        let part_bytes = self.shared.limits.part_bytes;
-        files.sort_by(|a, b| (a.size > part_bytes, &a.path).cmp(&(b.size > part_bytes, &b.path)));
+        let limits = &self.shared.limits;
+        files.sort_by_cached_key(|file| (!limits.is_small(file.size), file.path.clone()));
         let keys = shared_keys(&files);
         let leased = match &self.shared.tier {
             Some(tier) if tier.answers().await => {
@@ -318,6 +320,7 @@ impl Fetcher {
         };
         // Of its own, too: the files of this fetch must not stand in line before those of all others.
         let own = FileTurns::of_one(&self.shared.limits);
+        let sealer = Sealer::new(lease);
         let mut fetches: FuturesUnordered<_> = missing
             .into_iter()
             .map(|file| {
@@ -327,12 +330,10 @@ impl Fetcher {
                     file,
                     lease,
                     room,
+                    sealer: &sealer,
+                    own: &own,
                 };
-                let own = &own;
-                async move {
-                    let _own = own.acquire(one.file.size).await;
-                    one.fetch().await
-                }
+                one.fetch()
             })
             .collect();
         let mut entries = Vec::new();
@@ -445,6 +446,35 @@ fn entry(file: &RemoteFile, sha256: Digest) -> FileEntry {
     }
 }
 
+/// How work on a missing file begins.
+enum Begun {
+    /// Whoever had the claim before has sealed the bytes.
+    Here(FileEntry),
+    Mine(Arc<Part>),
+    Theirs(Watch),
+}
+
+/// Claims a file's bytes and readies the file that they are written to. With `room`, it has its room from there.
+fn begin(
+    store: &Store,
+    lease: &Lease,
+    file: &RemoteFile,
+    room: Option<&Arc<Reserved>>,
+) -> Result<Begun, StoreError> {
+    let claim = match store.claim(&StageKey::of(file))? {
+        Claimed::Mine(claim) => claim,
+        Claimed::Theirs(watch) => return Ok(Begun::Theirs(watch)),
+    };
+    // Looked up with the claim in hand: whoever had it before may have sealed the bytes.
+    if let Some(entry) = link_if_here(store, lease, file)? {
+        return Ok(Begun::Here(entry));
+    }
+    if let Some(room) = room {
+        room.take(store, file);
+    }
+    claim.stage(store, file.size).map(Begun::Mine)
+}
+
 /// The room for the missing files of a fetch.
 struct Reserved {
     room: Room,
@@ -472,7 +502,12 @@ struct OneFile<'a> {
     file: Arc<RemoteFile>,
     lease: &'a Arc<Lease>,
     room: &'a Arc<Reserved>,
+    sealer: &'a Sealer,
+    own: &'a FileTurns,
 }
+
+/// A file's turn, of its own fetch and of all together.
+type Turns<'a> = (SemaphorePermit<'a>, SemaphorePermit<'a>);
 
 /// What came of one try at a file.
 enum Tried {
@@ -542,41 +577,34 @@ impl OneFile<'_> {
         first: bool,
         alone: bool,
     ) -> Result<Tried, FetchError> {
-        let turns = &self.origin.shared.turns;
-        let (claim, _turn) = loop {
-            let turn = turns.acquire(self.file.size).await;
-            let key = StageKey::of(&self.file);
-            match self.on_store(move |store, _, _| store.claim(&key)).await? {
-                Claimed::Mine(claim) => break (claim, turn),
-                Claimed::Theirs(watch) => {
+        let (part, turns) = loop {
+            let own = self.own.acquire(self.file.size).await;
+            let turn = self.origin.shared.turns.acquire(self.file.size).await;
+            let room = Arc::clone(self.room);
+            let begin = move |store: &Store, lease: &Lease, file: &RemoteFile| {
+                begin(store, lease, file, first.then_some(&room))
+            };
+            match self.on_store(begin).await? {
+                Begun::Here(entry) => {
+                    meter.found(entry.size);
+                    return Ok(Tried::Here(entry));
+                }
+                Begun::Mine(part) => break (part, (own, turn)),
+                Begun::Theirs(watch) => {
                     // It hashes nothing, and what it waits for may take as long as its origin is away.
                     drop(turn);
                     self.follow(watch, meter).await?;
                 }
             }
         };
-        // Looked up with the claim in hand: whoever had it before may have sealed the bytes.
-        let looked = self.on_store(link_if_here);
-        if let Some(entry) = looked.await? {
-            meter.found(entry.size);
-            return Ok(Tried::Here(entry));
-        }
-        let room = Arc::clone(self.room);
-        let part = self
-            .on_store(move |store, _, file| {
-                if first {
-                    room.take(store, file);
-                }
-                claim.stage(store, file.size)
-            })
-            .await?;
         match first {
             true => meter.found(part.present()),
             // Some of it this fetch itself has brought.
             false => meter.set(part.present()),
         }
         let share = Share::open(self.origin.shared.tier.as_ref(), &self.file).await;
-        self.download(part, share.as_ref(), alone, meter).await
+        self.download(part, share.as_ref(), alone, meter, turns)
+            .await
     }
 
     async fn download(
@@ -585,16 +613,14 @@ impl OneFile<'_> {
         share: Option<&Share>,
         alone: bool,
         meter: &FileMeter<'_>,
+        turns: Turns<'_>,
     ) -> Result<Tried, FetchError> {
         let begun = Instant::now();
         let helped = share.filter(|_| !alone);
         match parts::download(self.origin, &self.file, &part, meter, helped).await {
             Ok(digest) => {
                 let hashed = Instant::now();
-                let sealed = Arc::clone(&part);
-                let seal = self
-                    .on_store(move |store, lease, file| sealed.seal(store, digest, lease, file));
-                seal.await?;
+                self.seal(&part, digest, turns).await?;
                 if let Some(share) = share {
                     share.finish(&part);
                 }
@@ -619,6 +645,28 @@ impl OneFile<'_> {
             Err(PartsError::Hash(HashError::Closed)) => Err(self.job.stopped()),
             Err(PartsError::Source(error)) => Err(self.job.source_error(error)),
         }
+    }
+
+    async fn seal(
+        &self,
+        part: &Arc<Part>,
+        digest: Digest,
+        turns: Turns<'_>,
+    ) -> Result<(), FetchError> {
+        let checked = Checked {
+            part: Arc::clone(part),
+            digest,
+            file: Arc::clone(&self.file),
+        };
+        let sealed = match self.origin.shared.limits.is_small(self.file.size) {
+            true => {
+                // Others may come meanwhile: the more wait to be sealed together, the less each costs.
+                drop(turns);
+                self.sealer.together(checked).await
+            }
+            false => self.sealer.alone(checked).await,
+        };
+        sealed.map_err(|error| self.job.store_error(error))
     }
 
     /// Waits while somebody else works on the same bytes.

@@ -6,17 +6,18 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::Buf;
 use futures::StreamExt;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::pace::{Gait, Pace};
 use super::progress::FileMeter;
 use super::share::Share;
+use super::width::Place;
 use super::{FetchLimits, Shared};
 use crate::blocking;
+use crate::buffers::Buffer;
 use crate::digest::{Digest, Verifier};
 use crate::metrics::Metrics;
 use crate::model::Scheme;
@@ -57,6 +58,7 @@ impl Origin {
     fn count(&self, bytes: u64) {
         self.meter.fetched(bytes);
         self.shared.metrics.fetched(self.scheme, bytes);
+        self.shared.width.count(bytes);
         if let Some(tier) = &self.shared.tier {
             tier.rates().origin.count(bytes);
         }
@@ -82,7 +84,7 @@ pub(super) async fn download(
 ) -> Result<Digest, PartsError> {
     let verifier = Verifier::new(file.size, file.claims);
     let hashed = Arc::clone(part);
-    let mut hashing = tokio::spawn(blocking::run(move || hashed.hash(verifier)));
+    let hashing = blocking::run(move || hashed.hash(verifier));
     let _close = CloseOnDrop(part);
     let fetching = async {
         let fetched = match share {
@@ -98,6 +100,13 @@ pub(super) async fn download(
             fetched => fetched,
         }
     };
+    if origin.shared.limits.is_small(file.size) {
+        // It is hashed in no time: a hasher that waits for it would only take a thread.
+        fetching.await?;
+        meter.set(part.present());
+        return hashing.await.map_err(PartsError::Hash);
+    }
+    let mut hashing = tokio::spawn(hashing);
     // The hasher may fail long before the last byte is here: what follows would be fetched in vain.
     let digest = tokio::select! {
         digest = &mut hashing => digest,
@@ -235,8 +244,10 @@ impl Ranged {
             drop(connected);
             self.pause(ended, &mut patience).await?;
         }
-        let (part, range) = (Arc::clone(&self.part), self.range.clone());
-        blocking::run(move || part.start_write_back(range)).await;
+        if !self.origin.shared.limits.is_small(self.file.size) {
+            let (part, range) = (Arc::clone(&self.part), self.range.clone());
+            blocking::run(move || part.start_write_back(range)).await;
+        }
         Ok(())
     }
 
@@ -276,7 +287,10 @@ impl Ranged {
         Ok(match ended {
             Ended::Disk(error) => return Err(error.into()),
             Ended::Source(error) => match error {
-                SourceError::Unavailable { retry_after, .. } => ("unavailable", retry_after, error),
+                SourceError::Unavailable { retry_after, .. } => {
+                    self.origin.shared.width.pushed_back();
+                    ("unavailable", retry_after, error)
+                }
                 _ => return Err(error.into()),
             },
             Ended::Cut => (
@@ -317,9 +331,9 @@ impl Ranged {
             Err(error) => return Err(Ended::Source(error)),
         };
         let mut runner = self.origin.pace.runner();
-        let mut block = Block::default();
+        let mut block = self.origin.shared.buffers.take(0);
         let ended = loop {
-            if self.at + block.bytes == self.range.end {
+            if self.at + block.len() as u64 == self.range.end {
                 break Ok(());
             }
             let Ok(next) = tokio::time::timeout(limits.stall_timeout, stream.next()).await else {
@@ -335,14 +349,18 @@ impl Ranged {
             let gait = runner.count(bytes.len() as u64);
             let dropped = skip.min(bytes.len() as u64);
             skip -= dropped;
-            let left = self.range.end - self.at - block.bytes;
-            let _ = bytes.split_to(usize::try_from(dropped).expect("no longer than the bytes"));
+            let left = self.range.end - self.at - block.len() as u64;
+            bytes.advance(usize::try_from(dropped).expect("no longer than the bytes"));
             bytes.truncate(usize::try_from(left).unwrap_or(usize::MAX));
-            block.push(bytes);
-            if block.bytes >= limits.block_bytes() {
-                let begun = Instant::now();
-                self.write(&mut block).await?;
-                runner.waited(begun.elapsed());
+            // Copied while a core's cache has them, and let go of at once: the connection reads into the same
+            // memory again. New memory for each read would cost more than the copy.
+            while !bytes.is_empty() {
+                bytes.advance(block.fill(&bytes));
+                if block.is_full() {
+                    let begun = Instant::now();
+                    block = self.write(block).await?;
+                    runner.waited(begun.elapsed());
+                }
             }
             match gait {
                 // After two in a row one is given its time: the path may be slow. And from the start on
@@ -359,35 +377,21 @@ impl Ranged {
             self.crawls = 0;
         }
         // What arrived is kept, however the connection ended: the next one reads on from there.
-        self.write(&mut block).await?;
+        self.write(block).await?;
         ended
     }
 
-    async fn write(&mut self, block: &mut Block) -> Result<(), StoreError> {
-        if block.bytes == 0 {
-            return Ok(());
+    /// Writes what follows the bytes that are on disk; returns the block, empty.
+    async fn write(&mut self, mut block: Buffer) -> Result<Buffer, StoreError> {
+        if block.is_empty() {
+            return Ok(block);
         }
-        let Block { pieces, bytes } = std::mem::take(block);
         let (part, at) = (Arc::clone(&self.part), self.at);
-        blocking::run(move || part.write(at, &pieces)).await?;
-        self.at += bytes;
-        Ok(())
-    }
-}
-
-/// Bytes that arrived and are not written yet.
-#[derive(Default)]
-struct Block {
-    pieces: Vec<Bytes>,
-    bytes: u64,
-}
-
-impl Block {
-    fn push(&mut self, bytes: Bytes) {
-        if !bytes.is_empty() {
-            self.bytes += bytes.len() as u64;
-            self.pieces.push(bytes);
-        }
+        let written = move || part.write(at, &block).map(|()| block);
+        block = blocking::run(written).await?;
+        self.at += block.len() as u64;
+        block.clear();
+        Ok(block)
     }
 }
 
@@ -461,16 +465,16 @@ fn backoff(failures: u32) -> Duration {
 
 /// One of the connections that all fetches share. Dropping it gives it back.
 pub(super) struct Connection {
-    _permit: OwnedSemaphorePermit,
+    _place: Place,
     metrics: Arc<Metrics>,
 }
 
 impl Connection {
     pub(super) async fn new(shared: &Shared) -> Self {
-        let permit = Arc::clone(&shared.connections).acquire_owned().await;
+        let place = shared.width.place().await;
         shared.metrics.connections.inc();
         Self {
-            _permit: permit.expect("nobody closes it"),
+            _place: place,
             metrics: Arc::clone(&shared.metrics),
         }
     }
@@ -483,13 +487,14 @@ impl Drop for Connection {
 }
 
 impl FetchLimits {
+    /// Whether a file of `bytes` comes in one range.
+    pub(super) fn is_small(&self, bytes: u64) -> bool {
+        bytes <= self.part_bytes
+    }
+
     /// Bytes that a connection gathers before they are written: its share of the memory.
     pub(super) fn block_bytes(&self) -> u64 {
         (self.memory_bytes / self.connections as u64).clamp(64 << 10, 1 << 20)
-    }
-
-    pub(super) fn connection_permits(&self) -> Arc<Semaphore> {
-        Arc::new(Semaphore::new(self.connections))
     }
 }
 
@@ -498,6 +503,7 @@ mod tests {
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
+    use bytes::Bytes;
     use futures::future::BoxFuture;
     use futures::{FutureExt, stream};
 
@@ -646,7 +652,8 @@ mod tests {
             turns: super::super::FileTurns::of_all(&limits),
             limits,
             metrics: Arc::default(),
-            connections: limits.connection_permits(),
+            width: super::super::Width::new(limits.connections),
+            buffers: crate::buffers::Buffers::new(limits.block_bytes() as usize),
             tier: None,
         });
         let model: ModelRef = "hf://org/model".parse().unwrap();

@@ -20,7 +20,7 @@ const FETCHES: usize = 4;
 /// How many files are worked on at once. Each has a hasher, which holds a thread of the blocking pool:
 /// without a bound for all fetches together the hashers would leave none to the writes they wait for.
 pub(super) struct FileTurns {
-    part_bytes: u64,
+    limits: FetchLimits,
     small: Semaphore,
     large: Semaphore,
 }
@@ -38,7 +38,7 @@ impl FileTurns {
 
     fn new(limits: &FetchLimits, fetches: usize) -> Self {
         Self {
-            part_bytes: limits.part_bytes,
+            limits: *limits,
             // Small files wait for their origin more than for bytes, so more of them go at once.
             small: Semaphore::new(limits.connections.min(32) * fetches),
             large: Semaphore::new(limits.files_in_flight * fetches),
@@ -46,9 +46,9 @@ impl FileTurns {
     }
 
     pub(super) async fn acquire(&self, file_bytes: u64) -> SemaphorePermit<'_> {
-        let turns = match file_bytes > self.part_bytes {
-            true => &self.large,
-            false => &self.small,
+        let turns = match self.limits.is_small(file_bytes) {
+            true => &self.small,
+            false => &self.large,
         };
         turns.acquire().await.expect("nobody closes it")
     }

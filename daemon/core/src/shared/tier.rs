@@ -13,8 +13,9 @@ use tokio_util::task::TaskTracker;
 
 pub use super::choice::Egress;
 use super::choice::{BEATS, NODE_COPIES, Reach, WRITES};
-use super::{Buffers, Rates, SharedError, SharedLease, SharedOptions, SharedStore, lustre};
+use super::{BLOCK_BYTES, Rates, SharedError, SharedLease, SharedOptions, SharedStore, lustre};
 use crate::blocking;
+use crate::buffers::Buffers;
 use crate::errors::Chain;
 use crate::metrics::Metrics;
 use crate::store::StageKey;
@@ -172,7 +173,7 @@ impl SharedTier {
             writes: Semaphore::new(WRITES),
             copies: Semaphore::new(NODE_COPIES),
             rates: Rates::default(),
-            buffers: Arc::default(),
+            buffers: Buffers::new(BLOCK_BYTES as usize),
             outstanding: AtomicU64::new(0),
             copying: AtomicU64::new(0),
             wrote: AtomicU64::new(0),

@@ -53,12 +53,23 @@ pub struct RoomPlan {
 pub struct Room {
     path: PathBuf,
     file: Option<claim::Held>,
-    left: Mutex<u64>,
+    left: Mutex<Left>,
     /// What was evicted for it.
     pub evicted: Vec<SnapshotId>,
     /// Bytes that were freed for it.
     pub freed: u64,
 }
+
+/// Bytes that are set aside still, and the length of the file that holds them.
+#[derive(Debug)]
+struct Left {
+    bytes: u64,
+    held: u64,
+}
+
+/// The file is cut when it holds so much more than is left: to cut it for each of thousands of small files would
+/// cost more than to write them.
+const CUT_BYTES: u64 = 1 << 20;
 
 pub(super) struct Space {
     pub(super) capacity: u64,
@@ -304,7 +315,10 @@ impl Store {
         let room = Room {
             path,
             file: lock,
-            left: Mutex::new(needed),
+            left: Mutex::new(Left {
+                bytes: needed,
+                held: needed,
+            }),
             evicted: Vec::new(),
             freed: 0,
         };
@@ -381,11 +395,15 @@ impl Room {
     /// Gives `bytes` of the space back, for a file that is staged next.
     pub fn take(&self, bytes: u64) {
         let mut left = self.left.lock().expect("no holder of this lock panics");
-        *left = left.saturating_sub(bytes);
+        left.bytes = left.bytes.saturating_sub(bytes);
+        if left.bytes > 0 && left.held - left.bytes < CUT_BYTES {
+            return;
+        }
         if let Some(file) = &self.file {
             // If it cannot shrink, the file that is staged next says that the disk is full.
-            let _ = file.set_len(*left);
+            let _ = file.set_len(left.bytes);
         }
+        left.held = left.bytes;
     }
 }
 

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::evict::{look, remove_if_there};
 use super::pin::Holder;
-use super::{At, Store, StoreError, entries, make_dirs, write_atomically};
+use super::{At, Store, StoreError, Survives, entries, make_dirs, write_whole};
 use crate::digest::Digest;
 use crate::fault;
 use crate::model::{ModelRef, Patterns, Revision, Scheme, SnapshotId};
@@ -89,7 +89,12 @@ fn is_temporary(path: &Path) -> bool {
 }
 
 impl Store {
-    fn write_json<T: Serialize>(&self, path: &Path, value: &T) -> Result<(), StoreError> {
+    fn write_json<T: Serialize>(
+        &self,
+        path: &Path,
+        value: &T,
+        survives: Survives,
+    ) -> Result<(), StoreError> {
         let parent = path.parent().unwrap_or(path);
         let bytes = serde_json::to_vec(value)
             .map_err(io::Error::other)
@@ -97,7 +102,7 @@ impl Store {
         // Shared, so that what the collector finds half written is a dead process's.
         let _shared = self.lock_shared()?;
         make_dirs(parent)
-            .and_then(|()| write_atomically(path, &bytes))
+            .and_then(|()| write_whole(path, &bytes, survives))
             .at("write", path)
     }
 
@@ -157,7 +162,7 @@ impl Store {
         if read_json(&path)?.is_some_and(|found: Reference| found == reference) {
             return Ok(());
         }
-        self.write_json(&path, &reference)?;
+        self.write_json(&path, &reference, Survives::PowerLoss)?;
         fault::point("ref.written");
         Ok(())
     }
@@ -234,7 +239,9 @@ impl Store {
     ///
     /// [`StoreError::Io`].
     pub fn remember(&self, identity: &str, digest: Digest) -> Result<(), StoreError> {
-        self.write_json(&self.known_path(identity), &digest)?;
+        // Not synced, which would double what a small file costs: one that a power loss takes, or leaves empty,
+        // only means that the bytes are fetched and hashed again.
+        self.write_json(&self.known_path(identity), &digest, Survives::ThisProcess)?;
         fault::point("known.written");
         Ok(())
     }
@@ -259,7 +266,8 @@ impl Store {
     ///
     /// [`StoreError::Io`].
     pub fn note_rate(&self, scheme: Scheme, bytes_per_second: f64) -> Result<(), StoreError> {
-        self.write_json(&self.rate_path(scheme), &bytes_per_second)
+        let path = self.rate_path(scheme);
+        self.write_json(&path, &bytes_per_second, Survives::ThisProcess)
     }
 
     /// The rate that [`Store::note_rate`] remembered last.
@@ -298,7 +306,7 @@ impl Store {
         if read_json(&path)?.is_some_and(|found: FetchRecord| found == *record) {
             return Ok(());
         }
-        self.write_json(&path, record)?;
+        self.write_json(&path, record, Survives::PowerLoss)?;
         fault::point("fetch.recorded");
         Ok(())
     }

@@ -234,6 +234,10 @@ impl Lease {
         Ok(true)
     }
 
+    pub(super) fn store(&self) -> &Store {
+        &self.store
+    }
+
     /// Where its files are, until it is published.
     #[must_use]
     pub fn tree(&self) -> PathBuf {

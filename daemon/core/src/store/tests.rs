@@ -7,8 +7,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
-
 use super::*;
 use crate::digest::{Claims, Verifier};
 use crate::manifest::{FileEntry, Manifest};
@@ -47,14 +45,26 @@ fn mine(store: &Store, file: &RemoteFile) -> Arc<Part> {
     }
 }
 
+/// Gives the bytes of a part their name.
+fn name(
+    lease: &Lease,
+    part: Arc<Part>,
+    digest: Digest,
+    file: &RemoteFile,
+) -> Result<(), StoreError> {
+    let file = Arc::new(file.clone());
+    let mut sealed = lease.seal(&[Checked { part, digest, file }]);
+    sealed.pop().expect("an outcome for each file")
+}
+
 fn seal(store: &Arc<Store>, lease: &Lease, path: &str, bytes: &[u8]) -> FileEntry {
     let file = remote(path, bytes);
     let digest = Digest::of(bytes);
     if !lease.add(digest, file.size, &file.path).unwrap() {
         let part = mine(store, &file);
-        part.write(0, &[Bytes::copy_from_slice(bytes)]).unwrap();
+        part.write(0, bytes).unwrap();
         let digest = part.hash(Verifier::new(file.size, file.claims)).unwrap();
-        part.seal(store, digest, lease, &file).unwrap();
+        name(lease, part, digest, &file).unwrap();
     }
     FileEntry {
         path: file.path,
@@ -130,7 +140,7 @@ fn names(dir: &Path) -> Vec<String> {
 fn wrong_bytes_never_get_a_name() {
     let (_dir, store) = store();
     let part = mine(&store, &remote("a", b"right"));
-    part.write(0, &[Bytes::from_static(b"wrong")]).unwrap();
+    part.write(0, b"wrong").unwrap();
 
     let claims = remote("a", b"right").claims;
     let error = part
@@ -194,19 +204,15 @@ fn a_new_process_goes_on_from_the_journal() {
     let bytes: Vec<u8> = (0..100_000_u32).flat_map(u32::to_le_bytes).collect();
     let file = remote("a", &bytes);
     let part = mine(&store, &file);
-    part.write(0, &[Bytes::copy_from_slice(&bytes[..1000])])
-        .unwrap();
-    part.write(5000, &[Bytes::copy_from_slice(&bytes[5000..300_000])])
-        .unwrap();
+    part.write(0, &bytes[..1000]).unwrap();
+    part.write(5000, &bytes[5000..300_000]).unwrap();
     drop(part);
 
     let part = mine(&store, &file);
 
     assert_eq!(part.missing(), [1000..5000, 300_000..400_000]);
-    part.write(1000, &[Bytes::copy_from_slice(&bytes[1000..5000])])
-        .unwrap();
-    part.write(300_000, &[Bytes::copy_from_slice(&bytes[300_000..])])
-        .unwrap();
+    part.write(1000, &bytes[1000..5000]).unwrap();
+    part.write(300_000, &bytes[300_000..]).unwrap();
     assert_eq!(
         part.hash(Verifier::new(400_000, file.claims)).unwrap(),
         Digest::of(&bytes)
@@ -222,8 +228,8 @@ fn bytes_that_a_power_loss_took_are_fetched_again() {
         ..remote("a", b"0123456789")
     };
     let part = mine(&store, &file);
-    part.write(0, &[Bytes::from_static(b"01234")]).unwrap();
-    part.write(5, &[Bytes::from_static(b"56789")]).unwrap();
+    part.write(0, b"01234").unwrap();
+    part.write(5, b"56789").unwrap();
     drop(part);
     // The journal reached the disk, the second block did not. No claim would notice.
     let path = store
@@ -254,8 +260,7 @@ fn the_hasher_follows_the_writers() {
         move || part.hash(Verifier::new(part.size(), file.claims)).unwrap()
     });
     for (at, block) in bytes.chunks(1 << 20).enumerate().rev() {
-        part.write((at as u64) << 20, &[Bytes::copy_from_slice(block)])
-            .unwrap();
+        part.write((at as u64) << 20, block).unwrap();
     }
     assert_eq!(hashing.join().unwrap(), Digest::of(&bytes));
 }
@@ -266,7 +271,7 @@ fn work_on_the_same_bytes_is_claimed_once() {
     let file = remote("a", b"0123456789");
     let other = Store::open(store.root(), StoreLimits::default()).unwrap();
     let part = mine(&store, &file);
-    part.write(0, &[Bytes::from_static(b"0123")]).unwrap();
+    part.write(0, b"0123").unwrap();
 
     let Claimed::Theirs(watch) = other.claim(&StageKey::of(&file)).unwrap() else {
         panic!("two claims on the same bytes");

@@ -97,7 +97,7 @@ impl Copied {
         self.tier.metrics().shared_copied(copied);
         let part = Arc::clone(&self.part);
         // All of the block: what is here already stays as it is.
-        let written = blocking::run(move || part.write(block.start, &[data])).await;
+        let written = blocking::run(move || part.write(block.start, &data)).await;
         written.map_err(CopyError::Local)
     }
 

@@ -9,8 +9,6 @@ use std::ops::Range;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use bytes::Bytes;
-
 use crate::fault;
 
 /// Bytes of one record: offset, length, checksum of the bytes, checksum of the record; little endian.
@@ -60,15 +58,12 @@ pub(super) fn checksum<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> u64 {
     digest.finalize()
 }
 
-pub(super) fn checksum_of(pieces: &[Bytes]) -> u64 {
-    checksum(pieces.iter().map(|piece| &piece[..]))
-}
-
 /// The journal beside a `.part`.
 #[derive(Debug)]
 pub(super) struct Journal {
     path: PathBuf,
-    file: File,
+    /// Made with its first record: a file that comes in one piece has none.
+    file: Option<File>,
 }
 
 impl Journal {
@@ -79,7 +74,10 @@ impl Journal {
     /// Opens the journal and reads the records of a file of `size` bytes. Torn and overlapping records
     /// are left out.
     pub(super) fn open(path: PathBuf, size: u64) -> io::Result<(Self, Vec<Record>)> {
-        let mut file = open_to_append(&path)?;
+        let mut file = match existing(&path)? {
+            Some(file) => file,
+            None => return Ok((Self { path, file: None }, Vec::new())),
+        };
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes)?;
         let mut records: Vec<Record> = bytes.chunks(RECORD).filter_map(Record::decode).collect();
@@ -90,11 +88,16 @@ impl Journal {
         if bytes.len() % RECORD != 0 {
             file.set_len((bytes.len() - bytes.len() % RECORD) as u64)?;
         }
+        let file = Some(file);
         Ok((Self { path, file }, records))
     }
 
     pub(super) fn append(&mut self, record: &Record) -> io::Result<()> {
-        self.file.write_all(&record.encode())
+        let file = match &mut self.file {
+            Some(file) => file,
+            None => self.file.insert(open_to_append(&self.path, true)?),
+        };
+        file.write_all(&record.encode())
     }
 
     /// Starts over with just these records.
@@ -103,7 +106,7 @@ impl Journal {
         // Beside the old one: whoever dies on the way, or has no room, leaves that whole.
         let path = self.path.with_extension("rewrite");
         remove_if_there(&path)?;
-        let written = open_to_append(&path).and_then(|mut file| {
+        let written = open_to_append(&path, true).and_then(|mut file| {
             file.write_all(&bytes)?;
             file.sync_data()?;
             fault::point("journal.written");
@@ -111,7 +114,7 @@ impl Journal {
             Ok(file)
         });
         match written {
-            Ok(file) => self.file = file,
+            Ok(file) => self.file = Some(file),
             Err(error) => {
                 let _ = fs::remove_file(&path);
                 return Err(error);
@@ -136,10 +139,17 @@ impl Journal {
     }
 }
 
-fn open_to_append(path: &Path) -> io::Result<File> {
+fn open_to_append(path: &Path, create: bool) -> io::Result<File> {
     let mut options = File::options();
-    options.read(true).append(true).create(true).mode(0o600);
+    options.read(true).append(true).create(create).mode(0o600);
     options.open(path)
+}
+
+fn existing(path: &Path) -> io::Result<Option<File>> {
+    match open_to_append(path, false) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        opened => opened.map(Some),
+    }
 }
 
 fn remove_if_there(path: &Path) -> io::Result<()> {

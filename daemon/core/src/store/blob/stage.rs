@@ -20,6 +20,10 @@ use crate::digest::Digest;
 use crate::fault;
 use crate::source::{RemoteFile, Vouched};
 
+/// A file no larger than this gets its blocks as it is written: to ask for them before would be one more change
+/// of the file system for each of thousands of files.
+const AS_WRITTEN: u64 = 1 << 20;
+
 /// Digits of a key that is a digest. A random one has fewer.
 const DIGEST_DIGITS: usize = 64;
 
@@ -229,6 +233,9 @@ impl Store {
 
     fn allocate(&self, file: &File, path: &Path, size: u64) -> Result<(), StoreError> {
         file.set_len(0).at("empty", path)?;
+        if size <= AS_WRITTEN {
+            return file.set_len(size).at("size", path);
+        }
         let Err(error) = preallocate(file, size) else {
             return Ok(());
         };

@@ -15,7 +15,7 @@ fn named(path: &str, identity: &str, bytes: &[u8]) -> RemoteFile {
 /// All of a file's bytes, hashed.
 fn hashed(store: &Store, file: &RemoteFile, bytes: &[u8]) -> (Arc<Part>, Digest) {
     let part = mine(store, file);
-    part.write(0, &[Bytes::copy_from_slice(bytes)]).unwrap();
+    part.write(0, bytes).unwrap();
     let digest = part.hash(Verifier::new(file.size, file.claims)).unwrap();
     (part, digest)
 }
@@ -39,9 +39,7 @@ fn a_file_that_took_the_place_of_the_hashed_one_gets_no_name() {
     fs::write(&path, b"other").unwrap();
     let lease = store.lease().unwrap();
 
-    let error = part
-        .seal(&store, digest, &lease, &file)
-        .expect_err("sealed another file");
+    let error = name(&lease, part, digest, &file).expect_err("sealed another file");
 
     assert!(matches!(error, StoreError::Io { .. }), "{error}");
     assert!(!store.has(digest));
@@ -56,9 +54,9 @@ fn the_same_bytes_under_two_keys_become_one_inode() {
     let (first, digest) = hashed(&store, &one, b"same");
     let (second, _) = hashed(&store, &two, b"same");
     let lease = store.lease().unwrap();
-    first.seal(&store, digest, &lease, &one).unwrap();
+    name(&lease, first, digest, &one).unwrap();
 
-    second.seal(&store, digest, &lease, &two).unwrap();
+    name(&lease, second, digest, &two).unwrap();
 
     let blob = inode(&store.blob_path(digest));
     assert_eq!(inode(&lease.tree().join("a")), blob);
@@ -72,13 +70,47 @@ fn the_same_bytes_under_two_keys_become_one_inode() {
 }
 
 #[test]
+fn files_that_are_sealed_together_get_their_names_each_for_itself() {
+    let (_dir, store) = store();
+    let lease = store.lease().unwrap();
+    let texts = ["one", "two", "three", "one", "four"];
+    let checked = texts.iter().enumerate().map(|(number, text)| {
+        let file = named(
+            &format!("d/{number}"),
+            &format!("s3:{number}"),
+            text.as_bytes(),
+        );
+        let (part, digest) = hashed(&store, &file, text.as_bytes());
+        let file = Arc::new(file);
+        Checked { part, digest, file }
+    });
+    let checked: Vec<_> = checked.collect();
+    fs::remove_file(part_path(&store, &checked[2].file)).unwrap();
+
+    let sealed = lease.seal(&checked);
+
+    let outcomes: Vec<bool> = sealed.iter().map(Result::is_ok).collect();
+    assert_eq!(outcomes, [true, true, false, true, true], "{sealed:?}");
+    for (number, text) in texts.iter().enumerate().filter(|(number, _)| *number != 2) {
+        let path = lease.tree().join(format!("d/{number}"));
+        assert_eq!(fs::read_to_string(&path).unwrap(), *text);
+        let blob = store.blob_path(Digest::of(text.as_bytes()));
+        assert_eq!(inode(&path), inode(&blob));
+        assert_eq!(fs::metadata(&blob).unwrap().mode() & 0o777, 0o444);
+    }
+    assert!(!store.has(Digest::of(b"three")));
+    let left = names(&store.staging());
+    assert!(!left.iter().any(|name| name.ends_with(".part")), "{left:?}");
+}
+
+#[test]
 fn an_owner_that_loses_its_part_leaves_the_next_ones_journal() {
     let (_dir, store) = store();
     let file = remote("a", b"0123456789");
     let part = mine(&store, &file);
     fs::remove_file(part_path(&store, &file)).unwrap();
     let next = mine(&store, &file);
-    next.write(0, &[Bytes::from_static(b"01234")]).unwrap();
+    next.write(0, b"01234").unwrap();
 
     part.discard().unwrap();
 
@@ -92,7 +124,7 @@ fn sealed_with_a_part_left(store: &Arc<Store>, file: &RemoteFile, bytes: &[u8]) 
     let path = part_path(store, file);
     let kept = path.with_extension("kept");
     fs::hard_link(&path, &kept).unwrap();
-    part.seal(store, digest, &lease, file).unwrap();
+    name(&lease, part, digest, file).unwrap();
     fs::rename(kept, path).unwrap();
     store.blob_path(digest)
 }
@@ -146,7 +178,7 @@ fn bytes_that_nobody_can_go_on_with_go_with_their_owner() {
         ..remote("a", b"0123456789")
     };
     let part = mine(&store, &nameless);
-    part.write(0, &[Bytes::from_static(b"01234")]).unwrap();
+    part.write(0, b"01234").unwrap();
     let Claimed::Mine(claim) = store.claim(&StageKey::of(&nameless)).unwrap() else {
         panic!("a random key is claimed twice");
     };
@@ -181,7 +213,7 @@ fn a_download_that_was_given_up_is_not_hashed_on() {
     let bytes = vec![7; 3 << 20];
     let file = remote("a", &bytes);
     let part = mine(&store, &file);
-    part.write(0, &[Bytes::from(bytes)]).unwrap();
+    part.write(0, &bytes).unwrap();
     drop(part);
     let part = mine(&store, &file);
     part.close();

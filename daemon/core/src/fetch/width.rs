@@ -1,0 +1,287 @@
+//! How many ranged reads go at once: more while more bring more, fewer when the origin pushes back.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
+
+/// Reads at once to begin with: what a fast path needs to be full, and no origin minds.
+const FIRST: usize = 16;
+
+/// The rate is measured over this time.
+const WINDOW: Duration = Duration::from_millis(200);
+
+/// More reads are kept if the rate grows by this factor, at the least: doubled reads, each as fast as those before,
+/// would bring 2.
+const GROWTH: f64 = 1.1;
+
+/// When more reads brought nothing, others are tried only after this time.
+const STEADY: Duration = Duration::from_secs(10);
+
+/// An origin that pushes back is heard once in this time: all reads under way hear of the same trouble.
+const DEAF: Duration = Duration::from_secs(1);
+
+/// The reads that may go at once, of all fetches together.
+#[derive(Debug)]
+pub(super) struct Width {
+    most: usize,
+    permits: Arc<Semaphore>,
+    /// Bytes that arrived in this window.
+    bytes: AtomicU64,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    now: usize,
+    /// Permits that are to be taken away once their reads end.
+    surplus: usize,
+    window: Instant,
+    trial: Trial,
+    deaf_until: Instant,
+}
+
+/// What the next window is for.
+#[derive(Debug)]
+enum Trial {
+    /// Reads that were added are getting under way.
+    Starting { before: f64, from: usize },
+    /// Do they bring more?
+    Judging { before: f64, from: usize },
+    /// Nothing is tried until then.
+    Steady { until: Instant },
+}
+
+/// The right to one read. Dropping it gives it back.
+pub(super) struct Place {
+    permit: Option<OwnedSemaphorePermit>,
+    width: Arc<Width>,
+}
+
+impl Width {
+    /// At most `most` reads at once.
+    pub(super) fn new(most: usize) -> Arc<Self> {
+        let now = FIRST.min(most);
+        Arc::new(Self {
+            most,
+            permits: Arc::new(Semaphore::new(now)),
+            bytes: AtomicU64::new(0),
+            state: Mutex::new(State {
+                now,
+                surplus: 0,
+                window: Instant::now(),
+                trial: Trial::Starting {
+                    before: 0.0,
+                    from: now,
+                },
+                deaf_until: Instant::now(),
+            }),
+        })
+    }
+
+    /// Waits until one more read may go.
+    pub(super) async fn place(self: &Arc<Self>) -> Place {
+        let permit = Arc::clone(&self.permits).acquire_owned().await;
+        Place {
+            permit: Some(permit.expect("nobody closes it")),
+            width: Arc::clone(self),
+        }
+    }
+
+    /// Counts bytes that arrived.
+    pub(super) fn count(&self, bytes: u64) {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        // Whoever looks at it now does so for all.
+        if let Ok(mut state) = self.state.try_lock() {
+            self.look(&mut state);
+        }
+    }
+
+    /// Hears that the origin does not take what is asked of it now.
+    pub(super) fn pushed_back(&self) {
+        let mut state = self.state();
+        let now = Instant::now();
+        if now < state.deaf_until {
+            return;
+        }
+        state.deaf_until = now + DEAF;
+        let half = (state.now / 2).max(1);
+        self.set(&mut state, half);
+        state.trial = Trial::Steady { until: now + DEAF };
+        tracing::debug!(reads = half, "origin pushes back, fewer reads at once");
+    }
+
+    fn look(&self, state: &mut State) {
+        let elapsed = state.window.elapsed();
+        if elapsed < WINDOW {
+            return;
+        }
+        state.window = Instant::now();
+        let bytes = self.bytes.swap(0, Ordering::Relaxed);
+        if elapsed > 10 * WINDOW {
+            // Nothing was to be read meanwhile.
+            return;
+        }
+        let rate = bytes as f64 / elapsed.as_secs_f64();
+        // Reads that could go and do not are no reason for more of them.
+        let wanted = self.permits.available_permits() == 0;
+        match state.trial {
+            Trial::Starting { before, from } => state.trial = Trial::Judging { before, from },
+            Trial::Judging { before, from } if rate < before * GROWTH => {
+                self.set(state, from);
+                let until = Instant::now() + STEADY;
+                state.trial = Trial::Steady { until };
+                tracing::debug!(reads = from, "more reads at once bring no more");
+            }
+            Trial::Judging { .. } if wanted => self.widen(state, rate, 2 * state.now),
+            Trial::Steady { until } if wanted && Instant::now() >= until => {
+                self.widen(state, rate, state.now + state.now.div_ceil(2));
+            }
+            Trial::Judging { .. } | Trial::Steady { .. } => {}
+        }
+    }
+
+    fn widen(&self, state: &mut State, rate: f64, to: usize) {
+        let to = to.min(self.most);
+        if to <= state.now {
+            let until = Instant::now() + STEADY;
+            state.trial = Trial::Steady { until };
+            return;
+        }
+        state.trial = Trial::Starting {
+            before: rate,
+            from: state.now,
+        };
+        self.set(state, to);
+    }
+
+    fn set(&self, state: &mut State, to: usize) {
+        match to.checked_sub(state.now) {
+            Some(more) => {
+                let kept = more.min(state.surplus);
+                state.surplus -= kept;
+                self.permits.add_permits(more - kept);
+            }
+            None => {
+                let fewer = state.now - to;
+                state.surplus += fewer - self.permits.forget_permits(fewer);
+            }
+        }
+        state.now = to;
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no holder of this lock panics")
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut state = self.width.state();
+        if state.surplus > 0 {
+            state.surplus -= 1;
+            self.permit.take().expect("taken only here").forget();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An origin that sends so many bytes per second over each of so many connections, and no more over others.
+    struct Path {
+        connections: usize,
+        bytes: u64,
+    }
+
+    /// Reads for so many windows over as many connections as there may be; returns how many that were in each.
+    async fn read(width: &Arc<Width>, path: &Path, windows: usize) -> Vec<usize> {
+        let mut places = Vec::new();
+        let mut widths = Vec::new();
+        for _ in 0..windows {
+            places.clear();
+            while width.permits.available_permits() > 0 {
+                places.push(width.place().await);
+            }
+            widths.push(places.len());
+            tokio::time::advance(WINDOW).await;
+            width.count(places.len().min(path.connections) as u64 * path.bytes);
+        }
+        widths
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_grows_as_long_as_more_reads_bring_more() {
+        let width = Width::new(64);
+        let path = Path {
+            connections: 1000,
+            bytes: 1 << 20,
+        };
+
+        let widths = read(&width, &path, 20).await;
+
+        assert_eq!(widths[0], FIRST);
+        assert_eq!(widths.last(), Some(&64), "{widths:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn reads_that_bring_nothing_are_given_up_and_tried_again_later() {
+        let width = Width::new(64);
+        let path = Path {
+            connections: FIRST,
+            bytes: 1 << 20,
+        };
+
+        let widths = read(&width, &path, 100).await;
+
+        let tried = widths.iter().filter(|reads| **reads > FIRST).count();
+        assert_eq!(widths.last(), Some(&FIRST), "{widths:?}");
+        assert!((2..10).contains(&tried), "{widths:?}");
+        let later = &widths[10..];
+        assert!(later.iter().any(|reads| *reads > FIRST), "{widths:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_origin_that_pushes_back_is_heard_once_a_second() {
+        let width = Width::new(64);
+        let path = Path {
+            connections: 1000,
+            bytes: 1 << 20,
+        };
+        read(&width, &path, 20).await;
+        let mut places = Vec::new();
+        while width.permits.available_permits() > 0 {
+            places.push(width.place().await);
+        }
+
+        width.pushed_back();
+        width.pushed_back();
+
+        assert_eq!(width.state().now, 32);
+        drop(places);
+        assert_eq!(width.permits.available_permits(), 32);
+        tokio::time::advance(DEAF).await;
+        let widths = read(&width, &path, 20).await;
+        assert_eq!(widths.last(), Some(&64), "it never recovers: {widths:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn reads_that_nobody_wants_are_not_added() {
+        let width = Width::new(64);
+        let _only = width.place().await;
+        for _ in 0..20 {
+            tokio::time::advance(WINDOW).await;
+            width.count(1 << 20);
+        }
+
+        assert_eq!(width.state().now, FIRST);
+    }
+
+    #[tokio::test]
+    async fn a_limit_below_the_first_holds() {
+        assert_eq!(Width::new(4).permits.available_permits(), 4);
+    }
+}
