@@ -14,4 +14,5 @@ mod e2e {
     mod s3;
     mod shared;
     mod shared_admin;
+    mod warm;
 }
