@@ -1,6 +1,7 @@
 //! What a user sees: the real binaries against stand-in origins on loopback.
 
 mod e2e {
+    mod bench;
     mod bootstrap;
     mod crash;
     mod daemon;

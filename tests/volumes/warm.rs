@@ -1,4 +1,6 @@
-//! Volumes whose model is read into the page cache.
+//! Volumes whose model is read into the page cache, and how fast a mount is read.
+
+use std::path::Path;
 
 use serde_json::Value;
 use tonic::Code;
@@ -76,4 +78,34 @@ async fn what_warm_may_be_is_said() {
 
     assert_eq!(error.code(), Code::InvalidArgument);
     assert!(error.message().contains("true or false"), "{error}");
+}
+
+#[tokio::test]
+async fn a_mount_is_measured_against_what_is_behind_it() {
+    let node = Node::running().await;
+    node.publish(&Ask::model("pod-1", MODEL))
+        .await
+        .expect("published");
+    let path = node.weightctl(&["path", MODEL])["path"].clone();
+    let (mount, store) = (
+        node.tree("pod-1"),
+        path.as_str().expect("a path").to_owned(),
+    );
+
+    let words = ["bench", "read", "--rounds", "2", "--against", &store];
+    let measured = node.weightctl(&[&words[..], &[text(&mount)]].concat());
+
+    let all = measured["measurements"].as_array().expect("an array");
+    assert_eq!(all.len(), 8, "{measured}");
+    for one in all {
+        let ratio = one["ratio"].as_f64().expect("a ratio");
+        assert!(
+            ratio > 0.0 && one["against"]["seconds"].as_f64().is_some(),
+            "{one}"
+        );
+    }
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("UTF-8")
 }

@@ -325,6 +325,9 @@ Without this program in the container, a shell does the same:
     /// Looks at the store, the daemon, the CSI plugin, the Hub, S3, the shared tier and the machine. It works as
     /// any user, says what it cannot see, and changes nothing: what it writes to try a disk it removes again.
     Doctor(super::doctor::DoctorArgs),
+    /// Measure how fast files are read
+    #[command(subcommand)]
+    Bench(super::bench::BenchCommand),
     /// Show which node of the cluster has which model, or how far it is, as the API server knows it
     Cluster(super::cluster::ClusterArgs),
     /// The main job on an embedded origin, offline: prefetch, read-only mount, verify, timings
@@ -369,6 +372,10 @@ mod tests {
             &["gc", "--tier", "other"],
             &["gc", "--tier", "shared", "--max-age", "soon"],
             &["import"],
+            &["bench"],
+            &["bench", "read"],
+            &["bench", "read", "/x", "--rounds", "0"],
+            &["bench", "read", "/x", "--cache", "tepid"],
             &["frobnicate"],
         ] {
             let error =

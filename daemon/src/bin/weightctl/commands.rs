@@ -23,6 +23,7 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Man { dir } => return man(dir.as_deref()),
         Command::Doctor(args) => return crate::doctor::run(output, &cli.global, &args).await,
         Command::Cluster(args) => return crate::cluster::run(output, &args).await,
+        Command::Bench(command) => return crate::bench::run(output, command).await,
         Command::Gc {
             partial,
             tier,
@@ -92,7 +93,8 @@ async fn dispatch(client: &mut Client, output: Output, command: Command) -> anyh
         Command::Verify { model, files } => verify(client, output, model, files).await,
         #[cfg(feature = "demo")]
         Command::Demo(_) => unreachable!("it needs no backend"),
-        Command::Bootstrap(_)
+        Command::Bench(_)
+        | Command::Bootstrap(_)
         | Command::Cluster(_)
         | Command::Completions { .. }
         | Command::Doctor(_)

@@ -62,6 +62,14 @@ impl Bar {
         self.0.set_message(format!("{done} of {all}"));
     }
 
+    /// Steps taken so far, and all.
+    pub(crate) fn steps(&self, doing: &'static str, done: u64, all: u64) {
+        self.0.set_prefix(doing);
+        self.0.set_length(all);
+        self.0.set_position(done);
+        self.0.set_message(format!("{done} of {all}"));
+    }
+
     pub(crate) fn clear(&self) {
         self.0.finish_and_clear();
     }
