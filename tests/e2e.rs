@@ -2,6 +2,7 @@
 
 mod e2e {
     mod api_server;
+    mod bench;
     mod bootstrap;
     mod cluster;
     mod crash;
@@ -17,4 +18,5 @@ mod e2e {
     mod s3;
     mod shared;
     mod shared_admin;
+    mod warm;
 }

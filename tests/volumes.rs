@@ -24,3 +24,5 @@ mod node;
 mod recovery;
 #[path = "volumes/trouble.rs"]
 mod trouble;
+#[path = "volumes/warm.rs"]
+mod warm;

@@ -21,7 +21,9 @@ use crate::pod::PodName;
 const KUBELET: &str = "csi.storage.k8s.io/";
 
 /// The attributes that a volume may have.
-const ATTRIBUTES: [&str; 6] = ["source", "revision", "include", "exclude", "layout", "mode"];
+const ATTRIBUTES: [&str; 7] = [
+    "source", "revision", "include", "exclude", "layout", "mode", "warm",
+];
 
 /// Where a volume is to appear, and by which name the daemon knows its holder.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -155,6 +157,7 @@ pub struct Volume {
     exclude: Vec<String>,
     layout: Layout,
     at_once: bool,
+    warm: bool,
     credentials: Credentials,
 }
 
@@ -204,6 +207,11 @@ impl Volume {
                 Some("async") => true,
                 Some(other) => return Err(choice("mode", other, "wait or async")),
             },
+            warm: match take("warm").as_deref() {
+                None | Some("false") => false,
+                Some("true") => true,
+                Some(other) => return Err(choice("warm", other, "true or false")),
+            },
             credentials: credentials(request.secrets)?,
         })
     }
@@ -247,6 +255,7 @@ impl Volume {
             namespace: self.pod.map(|pod| pod.namespace).unwrap_or_default(),
             credentials: Some(self.credentials),
             mounted: false,
+            warm: self.warm,
         })
     }
 
@@ -259,6 +268,7 @@ impl Volume {
             namespace: self.pod.map(|pod| pod.namespace).unwrap_or_default(),
             credentials: Some(self.credentials),
             mounted: true,
+            warm: self.warm,
             ..AcquireRequest::default()
         }
     }
@@ -430,6 +440,7 @@ mod tests {
                 ("include", "*.{json,txt}, *.safetensors\n*.model"),
                 ("layout", "hf-cache"),
                 ("mode", "async"),
+                ("warm", "true"),
                 ("csi.storage.k8s.io/pod.uid", "0c1f-4a"),
                 ("csi.storage.k8s.io/pod.name", "pod"),
                 ("csi.storage.k8s.io/pod.namespace", "team-a"),
@@ -447,7 +458,7 @@ mod tests {
         assert_eq!(model.include, ["*.{json,txt}", "*.safetensors", "*.model"]);
         assert_eq!(asked.holder, "csi/0c1f-4a.model");
         assert_eq!(asked.namespace, "team-a");
-        assert!(asked.at_once && asked.layout() == Layout::HfCache);
+        assert!(asked.at_once && asked.warm && asked.layout() == Layout::HfCache);
     }
 
     #[test]
@@ -471,6 +482,7 @@ mod tests {
         }
         refused(request(&dir, &[("layout", "zip")]), &kubelet, "hf-cache");
         refused(request(&dir, &[("mode", "stream")]), &kubelet, "async");
+        refused(request(&dir, &[("warm", "yes")]), &kubelet, "true or false");
     }
 
     #[test]

@@ -10,6 +10,7 @@ use weightd_core::fetch::{FetchLimits, FetchRequest};
 use weightd_core::model::{ModelRef, Patterns};
 use weightd_core::shared::{Egress, SharedConfig, SharedOptions, is_segment};
 use weightd_core::store::{Holder, StoreLimits};
+use weightd_core::warm::WarmLimits;
 
 use crate::access::{AccessLimits, PATIENCE, Policy};
 use crate::sources::hf::{HfConfig, HfConfigError};
@@ -36,6 +37,7 @@ pub struct Config {
     pub socket_uids: Vec<u32>,
     pub store: StoreSection,
     pub fetch: FetchSection,
+    pub warm: WarmSection,
     pub hf: HfSection,
     pub s3: S3Section,
     pub file: FileSection,
@@ -65,6 +67,27 @@ pub struct Prefetch {
     /// Hold it as `operator/<pin>`.
     #[serde(default)]
     pub pin: Option<String>,
+    /// Read it into the page cache once it is here.
+    #[serde(default)]
+    pub warm: bool,
+}
+
+/// A model that the daemon keeps here, as the fetcher takes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Kept {
+    /// What is fetched.
+    pub request: FetchRequest,
+    /// Read it into the page cache once it is here.
+    pub warm: bool,
+}
+
+impl From<FetchRequest> for Kept {
+    fn from(request: FetchRequest) -> Self {
+        Self {
+            request,
+            warm: false,
+        }
+    }
 }
 
 impl Default for Config {
@@ -75,6 +98,7 @@ impl Default for Config {
             socket_uids: Vec::new(),
             store: StoreSection::default(),
             fetch: FetchSection::default(),
+            warm: WarmSection::default(),
             hf: HfSection::default(),
             s3: S3Section::default(),
             file: FileSection::default(),
@@ -173,7 +197,7 @@ impl Config {
         self.check_rest()?;
         self.hf_config()?;
         self.s3_config()?;
-        self.requests().map(|_| ())
+        self.kept().map(|_| ())
     }
 
     fn check_store(&self) -> Result<(), ConfigError> {
@@ -239,7 +263,16 @@ impl Config {
         )?;
         let stall = (1..=600).contains(&fetch.stall_timeout.0.as_secs());
         ensure(stall, "fetch.stall_timeout", "it is between 1 s and 10 min")?;
-        Ok(())
+        ensure(
+            self.warm.bytes_per_second.0 >= 1 << 20,
+            "warm.bytes_per_second",
+            "it is at least 1 MiB",
+        )?;
+        ensure(
+            (1..=90).contains(&self.warm.max_memory_percent),
+            "warm.max_memory_percent",
+            "it is between 1 and 90",
+        )
     }
 
     fn check_rest(&self) -> Result<(), ConfigError> {
@@ -394,6 +427,15 @@ impl Config {
         }
     }
 
+    /// The warmer's limits.
+    #[must_use]
+    pub fn warm_limits(&self) -> WarmLimits {
+        WarmLimits {
+            bytes_per_second: self.warm.bytes_per_second.0,
+            max_memory_percent: self.warm.max_memory_percent,
+        }
+    }
+
     /// How the Hub is reached: what the file says, and the environment for the rest.
     ///
     /// # Errors
@@ -478,15 +520,17 @@ impl Config {
     /// # Errors
     ///
     /// [`ConfigError::Value`] for patterns or a pin that make no sense.
-    pub fn requests(&self) -> Result<Vec<FetchRequest>, ConfigError> {
-        let one = |entry: &Prefetch| -> Result<FetchRequest, String> {
+    pub fn kept(&self) -> Result<Vec<Kept>, ConfigError> {
+        let one = |entry: &Prefetch| -> Result<Kept, String> {
             let patterns = Patterns::new(entry.include.clone(), entry.exclude.clone());
             let pin = entry.pin.as_deref().map(Holder::operator).transpose();
-            Ok(FetchRequest {
+            let request = FetchRequest {
                 model: entry.model.clone(),
                 patterns: patterns.map_err(|error| error.to_string())?,
                 pin: pin.map_err(|error| error.to_string())?,
-            })
+            };
+            let warm = entry.warm;
+            Ok(Kept { request, warm })
         };
         let wrong = |reason| ConfigError::Value {
             key: "prefetch".to_owned(),
@@ -556,19 +600,24 @@ mod tests {
             model = "hf://org/model@main"
             exclude = ["*.py"]
             pin = "serving"
+            warm = true
+            [warm]
+            bytes_per_second = "2GiB"
+            max_memory_percent = 25
             "#,
         )
         .unwrap();
         assert_eq!(config.store_limits().max_bytes, Some(3 << 39));
         assert_eq!(config.fetch_limits().memory_bytes, 32 << 20);
         assert_eq!(config.fetch_limits().stall_timeout, Duration::from_secs(60));
+        let kept = &config.kept().unwrap()[0];
+        let pin = kept.request.pin.as_ref().unwrap();
+        assert_eq!(pin.to_string(), "operator/serving");
+        assert!(kept.warm);
+        let warm = config.warm_limits();
         assert_eq!(
-            config.requests().unwrap()[0]
-                .pin
-                .as_ref()
-                .unwrap()
-                .to_string(),
-            "operator/serving"
+            (warm.bytes_per_second, warm.max_memory_percent),
+            (2 << 30, 25)
         );
     }
 
@@ -594,6 +643,14 @@ mod tests {
             ("[fetch]\nconnections = 0", &["fetch.connections", "1024"]),
             ("[fetch]\nmemory = '1MiB'", &["fetch.memory"]),
             ("[fetch]\nstall_timeout = 'soon'", &["soon"]),
+            (
+                "[warm]\nbytes_per_second = '1KiB'",
+                &["warm.bytes_per_second", "1 MiB"],
+            ),
+            (
+                "[warm]\nmax_memory_percent = 91",
+                &["warm.max_memory_percent", "90"],
+            ),
             ("[hf]\nendpoint = 'ftp://x'", &["endpoint"]),
             ("[hf]\ntoken_file = '/nowhere/token'", &["/nowhere/token"]),
             ("[store]\nmax_bytes = 0", &["store.max_bytes"]),

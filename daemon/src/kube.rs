@@ -36,11 +36,12 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use weightd_core::errors::Chain;
-use weightd_core::fetch::{FetchRequest, Fetcher};
+use weightd_core::fetch::Fetcher;
 use weightd_core::metrics::Metrics;
+use weightd_core::warm::Warmer;
 use weightd_kube::{ConnectError, Timeouts};
 
-use crate::config::KubernetesSection;
+use crate::config::{Kept, KubernetesSection};
 use node::{NodeView, ThisNode};
 use taint::{Taint, Warmth, driver_registered};
 use warm::{ObjectView, Said, SlimObject, Warm};
@@ -84,6 +85,8 @@ pub struct Work {
     pub node: String,
     /// Brings models.
     pub fetcher: Arc<Fetcher>,
+    /// Reads them into memory.
+    pub warmer: Arc<Warmer>,
     /// Counts.
     pub metrics: Arc<Metrics>,
     /// Its tasks.
@@ -102,7 +105,7 @@ struct Channels {
 impl Work {
     /// Starts it all, with the models that the configuration names. They come also without a way to the API server.
     /// Nothing is fetched before `swept`: the store was looked through, and the fetches of a former daemon go on.
-    pub fn start(self, requests: Vec<FetchRequest>, swept: oneshot::Receiver<()>) {
+    pub fn start(self, requests: Vec<Kept>, swept: oneshot::Receiver<()>) {
         let work = self.clone();
         let swept = swept.map(drop).shared();
         self.spawn(async move {
@@ -153,7 +156,7 @@ impl Work {
     fn serve(
         &self,
         client: Client,
-        requests: Vec<FetchRequest>,
+        requests: Vec<Kept>,
         swept: impl Future<Output = ()> + Send + 'static,
     ) {
         let section = &self.section;
@@ -194,7 +197,7 @@ impl Work {
     fn warm(
         &self,
         node: Option<ThisNode>,
-        config: Vec<FetchRequest>,
+        config: Vec<Kept>,
         channels: &Channels,
         warmth: sync::watch::Sender<Warmth>,
     ) -> Warm {
@@ -205,7 +208,8 @@ impl Work {
             cluster: self.section.warm_set,
         };
         let (fetcher, metrics) = (Arc::clone(&self.fetcher), Arc::clone(&self.metrics));
-        Warm::new(fetcher, metrics, node, said, warmth)
+        let warmer = Arc::clone(&self.warmer);
+        Warm::new(fetcher, warmer, metrics, node, said, warmth)
     }
 
     fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {

@@ -10,16 +10,18 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status};
 use weightd_core::blocking;
-use weightd_core::fetch::{Fetch, FetchError, FetchRequest, Fetched, Fetcher, Progress};
+use weightd_core::fetch::{FetchRequest, Fetcher, Progress};
 use weightd_core::metrics::Metrics;
 use weightd_core::model::{ModelRef, Patterns, SnapshotId};
 use weightd_core::store::{Holder, Partial, Snapshot, Store, StoreError};
+use weightd_core::warm::Warmer;
 use weightd_proto::weightd::v1 as wire;
 use weightd_proto::weightd::v1::control_server::Control;
 
 use crate::volumes::Volumes;
 
 mod convert;
+mod prefetch;
 mod status;
 
 use status::{invalid, of_acquire, of_fetch, of_store};
@@ -35,6 +37,8 @@ pub struct Engine {
     pub store: Arc<Store>,
     /// What fills it.
     pub fetcher: Arc<Fetcher>,
+    /// What reads it into memory.
+    pub warmer: Arc<Warmer>,
     /// What is counted.
     pub metrics: Arc<Metrics>,
     /// What pods mount.
@@ -87,36 +91,6 @@ fn operator(name: &str) -> Result<Holder, Status> {
     Holder::operator(name).map_err(|error| invalid(&error))
 }
 
-/// Reports a fetch to one client, who may leave: the fetch goes on without it.
-fn follow<T: Send + 'static>(
-    fetch: Fetch,
-    progress: impl Fn(wire::Progress) -> T + Send + 'static,
-    done: impl FnOnce(Fetched) -> T + Send + 'static,
-) -> Response<Events<T>> {
-    let (events, stream) = mpsc::channel(EVENTS);
-    tokio::spawn(async move {
-        let mut changes = fetch.progress();
-        let outcome = fetch.wait();
-        tokio::pin!(outcome);
-        let last = loop {
-            tokio::select! {
-                biased;
-                outcome = &mut outcome => break outcome,
-                Ok(()) = changes.changed() => {
-                    let event = progress(convert::progress(&changes.borrow_and_update()));
-                    if events.send(Ok(event)).await.is_err() {
-                        return;
-                    }
-                }
-            }
-        };
-        let last = last.map(done).map_err(|error: FetchError| of_fetch(&error));
-        // Nobody listens any more: then nobody needs it.
-        let _ = events.send(last).await;
-    });
-    Response::new(ReceiverStream::new(stream))
-}
-
 #[tonic::async_trait]
 impl Control for ControlService {
     type PrefetchStream = Events<wire::PrefetchEvent>;
@@ -137,7 +111,6 @@ impl Control for ControlService {
         &self,
         request: Request<wire::PrefetchRequest>,
     ) -> Result<Response<Self::PrefetchStream>, Status> {
-        use wire::prefetch_event::Event;
         let request = request.into_inner();
         let (model, patterns) = parse(request.model)?;
         let pin = if request.pin.is_empty() {
@@ -150,15 +123,10 @@ impl Control for ControlService {
             patterns,
             pin,
         });
-        Ok(follow(
-            fetch,
-            |progress| wire::PrefetchEvent {
-                event: Some(Event::Progress(progress)),
-            },
-            |fetched| wire::PrefetchEvent {
-                event: Some(Event::Done(convert::fetched(&fetched))),
-            },
-        ))
+        let (events, stream) = mpsc::channel(EVENTS);
+        let warmer = request.warm.then(|| Arc::clone(&self.0.warmer));
+        tokio::spawn(prefetch::follow(fetch, warmer, events));
+        Ok(Response::new(ReceiverStream::new(stream)))
     }
 
     async fn list(
@@ -205,10 +173,12 @@ impl Control for ControlService {
             tiers.push(convert::shared_tier(tier, capacity));
             rates = convert::rates(tier);
         }
+        let warmings = self.0.warmer.told().await;
         Ok(Response::new(wire::StatusResponse {
             fetches,
             tiers,
             rates,
+            warmings: warmings.iter().map(convert::warming).collect(),
         }))
     }
 

@@ -15,14 +15,15 @@ use tokio_util::task::TaskTracker;
 use tonic::transport::Server;
 use weightd_core::blocking;
 use weightd_core::errors::Chain;
-use weightd_core::fetch::{FetchRequest, Fetcher};
+use weightd_core::fetch::Fetcher;
 use weightd_core::metrics::Metrics;
 use weightd_core::shared::SharedTier;
 use weightd_core::store::{Partial, Store, StoreError};
+use weightd_core::warm::Warmer;
 use weightd_proto::weightd::v1::control_server::ControlServer;
 
 use crate::access::Access;
-use crate::config::{Config, ConfigError};
+use crate::config::{Config, ConfigError, Kept};
 use crate::kube;
 use crate::process::Signals;
 use crate::rpc::{ControlService, Engine};
@@ -114,7 +115,7 @@ pub async fn run(config: Config) -> Result<(), ServeError> {
     };
     let Started {
         daemon,
-        requests,
+        kept,
         listener,
         socket,
         metrics_server,
@@ -129,7 +130,7 @@ pub async fn run(config: Config) -> Result<(), ServeError> {
             daemon.stop.clone().cancelled_owned(),
         );
     let control = tokio::spawn(control);
-    daemon.start_work(&config, requests);
+    daemon.start_work(&config, kept);
     let outcome = daemon
         .until_stopped(control, signals, config.shutdown.deadline.0)
         .await;
@@ -145,7 +146,7 @@ pub async fn run(config: Config) -> Result<(), ServeError> {
 /// What runs until the daemon is stopped.
 struct Started {
     daemon: Daemon,
-    requests: Vec<FetchRequest>,
+    kept: Vec<Kept>,
     listener: UnixListener,
     socket: socket::Socket,
     metrics_server: Option<Owned>,
@@ -153,7 +154,7 @@ struct Started {
 
 async fn start(config: &Config) -> Result<Started, ServeError> {
     let (root, limits) = (config.root.clone(), config.store_limits());
-    let requests = config.requests()?;
+    let kept = config.kept()?;
     let sources = Origins::new(
         config.hf_config()?,
         config.s3_config()?,
@@ -184,10 +185,13 @@ async fn start(config: &Config) -> Result<Started, ServeError> {
         tracing::info!("no access rules: pods of any namespace may mount what this node may read");
     }
     let access = Access::new(sources, Arc::clone(&store), policy, config.access_limits());
+    let limits = config.warm_limits();
+    let warmer = Warmer::new(Arc::clone(&store), limits, Arc::clone(&metrics));
     let engine = Arc::new(Engine {
-        volumes: Volumes::new(Arc::clone(&fetcher), access),
+        volumes: Volumes::new(Arc::clone(&fetcher), Arc::clone(&warmer), access),
         store,
         fetcher,
+        warmer,
         metrics,
     });
     let daemon = Daemon {
@@ -203,7 +207,7 @@ async fn start(config: &Config) -> Result<Started, ServeError> {
     };
     Ok(Started {
         daemon,
-        requests,
+        kept,
         listener,
         socket,
         metrics_server,
@@ -252,17 +256,17 @@ impl Daemon {
 
     /// Starts what the daemon does by itself, after a look at what dead processes left. The control API is
     /// served meanwhile.
-    fn start_work(&self, config: &Config, requests: Vec<FetchRequest>) {
+    fn start_work(&self, config: &Config, kept: Vec<Kept>) {
         let (daemon, stop) = (self.clone(), self.stop.clone());
         let (interval, rate) = (config.scrub.interval.0, config.scrub.bytes_per_second.0);
         let (swept, is_swept) = oneshot::channel();
         // In a cluster they are part of the warm set.
-        let requests = match self.cluster_work(config) {
+        let kept = match self.cluster_work(config) {
             Some(work) => {
-                work.start(requests, is_swept);
+                work.start(kept, is_swept);
                 Vec::new()
             }
-            None => requests,
+            None => kept,
         };
         self.tasks.spawn(async move {
             tokio::select! {
@@ -270,8 +274,8 @@ impl Daemon {
                 () = daemon.clear_and_resume() => {}
             }
             let _ = swept.send(());
-            for request in requests {
-                daemon.bring(request);
+            for model in kept {
+                daemon.bring(model);
             }
             daemon.ready.store(true, Ordering::Relaxed);
             if !interval.is_zero() {
@@ -286,6 +290,7 @@ impl Daemon {
             node: config.kubernetes.node.clone()?,
             section: config.kubernetes.clone(),
             fetcher: Arc::clone(&self.engine.fetcher),
+            warmer: Arc::clone(&self.engine.warmer),
             metrics: Arc::clone(&self.engine.metrics),
             tasks: self.tasks.clone(),
             stop: self.stop.clone(),
@@ -293,12 +298,16 @@ impl Daemon {
     }
 
     /// Fetches in a task of its own, until it is here or the daemon stops.
-    fn bring(&self, request: FetchRequest) {
-        let (fetcher, stop) = (Arc::clone(&self.engine.fetcher), self.stop.clone());
+    fn bring(&self, kept: Kept) {
+        let (engine, stop) = (Arc::clone(&self.engine), self.stop.clone());
         self.tasks.spawn(async move {
-            tokio::select! {
-                () = stop.cancelled() => {}
-                _ = fetcher.keep_trying(request) => {}
+            let brought = tokio::select! {
+                () = stop.cancelled() => return,
+                brought = engine.fetcher.keep_trying(kept.request) => brought,
+            };
+            if let (Ok(fetched), true) = (brought, kept.warm) {
+                let manifest = &fetched.snapshot.manifest;
+                engine.warmer.warm(&manifest.model, &manifest.snapshot);
             }
         });
     }
@@ -337,8 +346,9 @@ impl Daemon {
         self.tasks.close();
         let end = Instant::now() + deadline;
         let drain = async {
-            // Fetches first: the clients that wait for them are then told, and leave.
+            // Fetches and warming first: the clients that wait for them are then told, and leave.
             self.engine.fetcher.shutdown(deadline).await;
+            let _ = tokio::time::timeout_at(end, self.engine.warmer.shutdown()).await;
             let _ = tokio::time::timeout_at(end, self.engine.volumes.shutdown()).await;
             let _ = tokio::time::timeout_at(end, self.tasks.wait()).await;
             if tokio::time::timeout_at(end, &mut control).await.is_err() {

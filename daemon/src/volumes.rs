@@ -13,6 +13,7 @@ use weightd_core::fetch::{Fetch, FetchError, FetchRequest, Fetched, Fetcher, Pro
 use weightd_core::model::{ModelRef, Patterns, Revision, SnapshotId};
 use weightd_core::source::SourceError;
 use weightd_core::store::{Holder, Layout, Store, StoreError, Volume, VolumeRecord};
+use weightd_core::warm::Warmer;
 
 use crate::access::{Access, AccessError, Grant, Requester};
 
@@ -45,6 +46,8 @@ pub struct VolumeRequest {
     pub layout: Layout,
     /// Answer before the files are there.
     pub at_once: bool,
+    /// Read the model into the page cache once it is complete. The answer does not wait for that.
+    pub warm: bool,
     /// Who asks.
     pub requester: Requester,
 }
@@ -143,6 +146,7 @@ impl AcquireError {
 pub struct Volumes {
     store: Arc<Store>,
     fetcher: Arc<Fetcher>,
+    warmer: Arc<Warmer>,
     access: Access,
     /// Who works on volumes that are mounted and not complete.
     filling: Mutex<HashMap<Holder, Filler>>,
@@ -177,10 +181,11 @@ impl Drop for Asking {
 impl Volumes {
     /// Volumes of what `fetcher` brings, for those whom `access` lets in.
     #[must_use]
-    pub fn new(fetcher: Arc<Fetcher>, access: Access) -> Arc<Self> {
+    pub fn new(fetcher: Arc<Fetcher>, warmer: Arc<Warmer>, access: Access) -> Arc<Self> {
         Arc::new(Self {
             store: Arc::clone(fetcher.store()),
             fetcher,
+            warmer,
             access,
             filling: Mutex::default(),
             asked: Asked::default(),
@@ -330,6 +335,9 @@ impl Volumes {
             return Ok(None);
         };
         self.stop_filling(&request.holder);
+        if request.warm {
+            self.warmer.warm(&model, &id);
+        }
         Ok(Some(Acquired {
             path,
             model,
@@ -365,8 +373,16 @@ impl Volumes {
         let complete = bytes.is_some();
         let (model, snapshot) = (record.model.at(&record.revision), record.snapshot());
         match complete {
-            true => self.stop_filling(&request.holder),
-            false => self.keep_filling(request.holder.clone(), record, Some(grant)),
+            true => {
+                self.stop_filling(&request.holder);
+                if request.warm {
+                    self.warmer.warm(&model, &snapshot);
+                }
+            }
+            false => {
+                let holder = request.holder.clone();
+                self.keep_filling(holder, record, Some(grant), request.warm);
+            }
         }
         Ok(Acquired {
             path,

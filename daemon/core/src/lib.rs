@@ -25,7 +25,8 @@
 //! | [`store`] | one tier on disk: blobs, snapshots, pins, eviction, verification |
 //! | [`fetch`] | bringing a snapshot |
 //! | [`shared`] | the tier that nodes share |
-//! | [`metrics`], [`errors`], [`blocking`], [`fault`] | counting, explaining, the door to blocking work, dying on order |
+//! | [`warm`], [`page_cache`] | reading a published snapshot into memory, and what the kernel has of it |
+//! | [`metrics`], [`errors`], [`blocking`], [`pace`], [`fault`] | counting, explaining, the door to blocking work, being gentle, dying on order |
 //!
 //! # Where this is not the design as it was drawn
 //!
@@ -67,6 +68,9 @@ pub mod fetch;
 pub mod manifest;
 pub mod metrics;
 pub mod model;
+pub mod pace;
+pub mod page_cache;
 pub mod shared;
 pub mod source;
 pub mod store;
+pub mod warm;

@@ -60,6 +60,10 @@ describe! {
     "weightd_evicted_snapshots_total" "counter" "tier: local" "Snapshots evicted to make room";
     "weightd_verified_bytes_total" "counter" "tier: local" "Bytes hashed again by scrub and verify";
     "weightd_damaged_blobs_total" "counter" "tier: local" "Blobs found damaged and set aside";
+    "weightd_page_cache_read_bytes_total" "counter" "" "Bytes that warming read from the disk into the page cache";
+    "weightd_page_cache_warmings_total" "counter" "outcome: warm, partly, failed, stopped" "Models that were to be read into the page cache; partly: the ceiling was reached, memory is short, or the model was removed";
+    "weightd_page_cache_bytes" "gauge" "" "Bytes of warmed models that were in the page cache when the last warming ended";
+    "weightd_page_cache_ceiling_bytes" "gauge" "" "Bytes of models that warming may have there, when it last looked";
     "weightd_warm_models" "gauge" "phase: pending, fetching, ready, failed, waiting" "Models that this node is to keep";
     "weightd_node_tainted" "gauge" "taint: startup, warming" "Whether this node has a taint that weightd is to remove: 1 if so";
     "weightd_kube_failures_total" "counter" "call: watch_node, watch_prefetches, watch_csinode, taint, labels, status, event" "Requests to the API server that failed";
@@ -178,6 +182,10 @@ pub struct Metrics {
     evicted_snapshots: Family<OfTier, Counter>,
     verified_bytes: Family<OfTier, Counter>,
     damaged_blobs: Family<OfTier, Counter>,
+    page_cache_read: Counter,
+    warmings: Family<OfOutcome, Counter>,
+    page_cache_bytes: Gauge,
+    page_cache_ceiling: Gauge,
     warm_models: Family<OfPhase, Gauge>,
     node_tainted: Family<OfTaint, Gauge>,
     kube_failures: Family<OfCall, Counter>,
@@ -223,6 +231,10 @@ impl Default for Metrics {
             evicted_snapshots: Family::default(),
             verified_bytes: Family::default(),
             damaged_blobs: Family::default(),
+            page_cache_read: Counter::default(),
+            warmings: Family::default(),
+            page_cache_bytes: Gauge::default(),
+            page_cache_ceiling: Gauge::default(),
             warm_models: Family::default(),
             node_tainted: Family::default(),
             kube_failures: Family::default(),
@@ -287,6 +299,10 @@ impl Metrics {
             "weightd_evicted_snapshots_total" evicted_snapshots;
             "weightd_verified_bytes_total" verified_bytes;
             "weightd_damaged_blobs_total" damaged_blobs;
+            "weightd_page_cache_read_bytes_total" page_cache_read;
+            "weightd_page_cache_warmings_total" warmings;
+            "weightd_page_cache_bytes" page_cache_bytes;
+            "weightd_page_cache_ceiling_bytes" page_cache_ceiling;
             "weightd_warm_models" warm_models;
             "weightd_node_tainted" node_tainted;
             "weightd_kube_failures_total" kube_failures;
@@ -308,6 +324,9 @@ impl Metrics {
         self.start_cluster_at_zero();
         for outcome in ["ok", "denied", "failed"] {
             let _ = self.acquires.get_or_create(&OfOutcome { outcome });
+        }
+        for outcome in ["warm", "partly", "failed", "stopped"] {
+            let _ = self.warmings.get_or_create(&OfOutcome { outcome });
         }
         for found in ["here", "waited"] {
             let _ = self.volumes.get_or_create(&OfFound { found });
@@ -406,6 +425,22 @@ impl Metrics {
             Reach::ReadOnly => 1,
             Reach::Full => 2,
         });
+    }
+
+    pub(crate) fn page_cache_read(&self, bytes: u64) {
+        self.page_cache_read.inc_by(bytes);
+    }
+
+    pub(crate) fn page_cache_holds(&self, bytes: u64) {
+        self.page_cache_bytes.set(number(bytes));
+    }
+
+    pub(crate) fn page_cache_ceiling(&self, bytes: u64) {
+        self.page_cache_ceiling.set(number(bytes));
+    }
+
+    pub(crate) fn warmed(&self, outcome: &'static str) {
+        self.warmings.get_or_create(&OfOutcome { outcome }).inc();
     }
 
     /// Shows whether this controller leads.

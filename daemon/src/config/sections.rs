@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use weightd_core::fetch::FetchLimits;
+use weightd_core::warm::WarmLimits;
 
 use super::{Bytes, Span};
 use crate::access::Rule;
@@ -40,6 +41,10 @@ section!(FetchSection {
     files_in_flight: usize = FetchLimits::default().files_in_flight,
     attempts: u32 = FetchLimits::default().attempts,
     stall_timeout: Span = Span(FetchLimits::default().stall_timeout),
+});
+section!(WarmSection {
+    bytes_per_second: Bytes = Bytes(WarmLimits::default().bytes_per_second),
+    max_memory_percent: u8 = WarmLimits::default().max_memory_percent,
 });
 section!(HfSection { endpoint: Option<String> = None, token_file: Option<PathBuf> = None, });
 section!(S3Section {

@@ -33,6 +33,8 @@ settings! {
     "fetch.files_in_flight" = "8": "Large files worked on at once, of one fetch, and four times as many of all together; each is hashed by one core";
     "fetch.attempts" = "6": "Tries of one read or question that bring nothing";
     "fetch.stall_timeout" = "\"15s\"": "Replace a connection over which nothing arrives for so long";
+    "warm.bytes_per_second" = "\"1GiB\"": "How fast models that are to be warm are read from the disk, at least 1 MiB";
+    "warm.max_memory_percent" = "50": "How much of the memory that is available, and that the limits of the daemon's control group leave, warm models may take together, between 1 and 90";
     "hf.endpoint" = "": "Address of the Hub; unset: HF_ENDPOINT, else https://huggingface.co";
     "hf.token_file" = "": "File that holds the daemon's own Hub token; unset: HF_TOKEN, HF_TOKEN_PATH";
     "s3.endpoint" = "": "Address of S3; unset: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, else AWS";
@@ -57,7 +59,7 @@ settings! {
     "shared.segment" = "": "Bytes that a node claims at a time, for a store that is made anew; unset: 256 MiB";
     "shared.claim_timeout" = "\"15s\"": "Take over what a node claimed and does not go on with for so long";
     "shared.stall_timeout" = "\"5s\"": "Leave the shared tier out when it does not answer for so long";
-    "prefetch" = "[]": "Models to bring at start: tables with model, include, exclude, pin";
+    "prefetch" = "[]": "Models to bring at start: tables with model, include, exclude, pin, and warm (read it into the page cache then)";
     "kubernetes.node" = "": "Name of this machine's Node object, which turns on the work for Kubernetes; also --node-name, NODE_NAME";
     "kubernetes.kubeconfig" = "": "How to reach the API server; unset: the pod's service account";
     "kubernetes.driver" = "\"csi.weightd.io\"": "Name of the CSI driver: its startup taint ends in /agent-not-ready";

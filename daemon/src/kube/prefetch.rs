@@ -104,6 +104,10 @@ pub struct ModelPrefetchSpec {
     /// What a node fetches first, if it is to fetch several: the higher number.
     #[serde(default)]
     pub priority: i32,
+    /// Read it into the page cache of the node when it is there, as far as `warm.max_memory_percent` of the daemon's
+    /// configuration allows. Pods do not wait for that.
+    #[serde(default)]
+    pub warm: bool,
 }
 
 fn yes() -> bool {
@@ -324,7 +328,7 @@ mod tests {
     fn what_is_left_out_has_the_defaults_of_the_schema() {
         let spec = spec(json!({ "source": "hf://org/model" }));
 
-        assert!(spec.pin && spec.priority == 0);
+        assert!(spec.pin && spec.priority == 0 && !spec.warm);
         let (model, patterns) = spec.wanted().expect("a model");
         assert_eq!(model.to_string(), "hf://org/model");
         assert_eq!(patterns, Patterns::default());

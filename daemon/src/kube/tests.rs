@@ -10,12 +10,13 @@ use jiff::Timestamp;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use weightd_core::digest::{Claims, Digest};
-use weightd_core::fetch::FetchLimits;
+use weightd_core::fetch::{FetchLimits, FetchRequest};
 use weightd_core::model::{ModelRef, Patterns, RelPath, Revision};
 use weightd_core::source::{
     ByteStream, LeftOut, Listing, RemoteFile, Source, SourceError, Sources, Vouched,
 };
 use weightd_core::store::{Holder, Store, StoreLimits};
+use weightd_core::warm::WarmLimits;
 
 use super::taint::WARMING;
 use super::*;
@@ -129,6 +130,7 @@ impl Daemon {
             stall_timeout: Duration::from_secs(3600),
             ..FetchLimits::default()
         };
+        let warmer = Warmer::new(store.clone(), WarmLimits::default(), metrics.clone());
         let fetcher = Fetcher::new(store, Arc::new(models), limits, Arc::clone(&metrics));
         let mut section = KubernetesSection {
             kubeconfig: Some(kubeconfig(home, server)),
@@ -146,13 +148,14 @@ impl Daemon {
             section,
             node: "node".to_owned(),
             fetcher: Arc::clone(&daemon.fetcher),
+            warmer,
             metrics: Arc::clone(&daemon.metrics),
             tasks: daemon.tasks.clone(),
             stop: daemon.stop.clone(),
         };
         let (swept, is_swept) = oneshot::channel();
         swept.send(()).unwrap();
-        work.start(config, is_swept);
+        work.start(config.into_iter().map(Kept::from).collect(), is_swept);
         daemon
     }
 
@@ -455,6 +458,22 @@ async fn a_model_that_cannot_be_had_says_why_and_holds_up_neither_others_nor_pod
         metrics.contains("weightd_warm_models{phase=\"failed\"} 2"),
         "{metrics}"
     );
+    daemon.end().await;
+}
+
+#[tokio::test]
+async fn what_an_object_wants_warm_is_read_into_the_page_cache_once_it_is_here() {
+    let (home, server) = (tempfile::tempdir().unwrap(), Server::start().await);
+    server.put(NODES, node("", &[]));
+    let warm = json!({ "source": "hf://org/a", "warm": true });
+    server.put(OBJECTS, object("a", warm));
+    server.put(OBJECTS, object("b", json!({ "source": "hf://org/b" })));
+
+    let daemon = Daemon::start(&home, &server, |_| ());
+
+    becomes("Ready".to_owned(), || phase(&server, "b")).await;
+    let warm = "weightd_page_cache_warmings_total{outcome=\"warm\"} 1";
+    becomes(true, || daemon.metrics.encode().contains(warm)).await;
     daemon.end().await;
 }
 

@@ -18,6 +18,7 @@ use weightd_core::errors::Chain;
 use weightd_core::fetch::{FetchError, FetchRequest, Fetched, Fetcher};
 use weightd_core::metrics::Metrics;
 use weightd_core::store::{Holder, Store};
+use weightd_core::warm::Warmer;
 
 mod complaints;
 mod desired;
@@ -32,6 +33,7 @@ use super::node::{NodeView, ThisNode};
 use super::prefetch::NodePhase;
 use super::taint::Warmth;
 use super::watch::Seen;
+use crate::config::Kept;
 use complaints::Complaints;
 use desired::{Origin, Wish};
 use entry::Entry;
@@ -47,7 +49,7 @@ const LOOK_AT_REST: Duration = Duration::from_secs(60);
 
 /// What is to be kept, as it is said.
 pub(super) struct Said {
-    pub(super) config: Vec<FetchRequest>,
+    pub(super) config: Vec<Kept>,
     pub(super) node: watch::Receiver<Seen<NodeView>>,
     pub(super) objects: watch::Receiver<Seen<ObjectView>>,
     /// Whether the Node and objects count.
@@ -57,6 +59,8 @@ pub(super) struct Said {
 /// Keeps the warm set. Dropping it stops no fetch.
 pub(super) struct Warm {
     fetcher: Arc<Fetcher>,
+    /// Reads into the page cache what is to be there.
+    warmer: Arc<Warmer>,
     metrics: Arc<Metrics>,
     said: Said,
     /// `None` without a way to the API server.
@@ -91,6 +95,7 @@ struct Ended {
 impl Warm {
     pub(super) fn new(
         fetcher: Arc<Fetcher>,
+        warmer: Arc<Warmer>,
         metrics: Arc<Metrics>,
         node: Option<ThisNode>,
         mut said: Said,
@@ -100,6 +105,7 @@ impl Warm {
             config: desired::of_config(std::mem::take(&mut said.config)),
             teller: node.clone().map(Teller::new),
             fetcher,
+            warmer,
             metrics,
             said,
             node,
@@ -294,6 +300,9 @@ impl Warm {
                 entry.ready(&fetched.snapshot);
                 let id = &fetched.snapshot.manifest.snapshot;
                 pins::hold_only(&store, &target, id, true).await;
+                if target.warm {
+                    self.warmer.warm(&fetched.snapshot.manifest.model, id);
+                }
             }
             // This process is ending, or another entry that has gone wanted the very same.
             Err(FetchError::Stopped { .. } | FetchError::Unwanted { .. }) => {
@@ -406,6 +415,7 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let store = Store::open(home.path(), StoreLimits::default()).unwrap();
         let metrics = Arc::<Metrics>::default();
+        let warmer = Warmer::new(store.clone(), Default::default(), metrics.clone());
         let fetcher = Fetcher::new(
             store,
             Arc::new(Nothing),
@@ -422,7 +432,14 @@ mod tests {
             objects: objects.subscribe(),
             cluster: true,
         };
-        let mut warm = Warm::new(fetcher, metrics, Some(node), said, watch::Sender::default());
+        let mut warm = Warm::new(
+            fetcher,
+            warmer,
+            metrics,
+            Some(node),
+            said,
+            watch::Sender::default(),
+        );
 
         warm.hear().await;
         let view = NodeView {

@@ -13,6 +13,7 @@ use weightd_core::source::LeftOut;
 use weightd_core::store::{
     Collected, Holder, Layout, Snapshot, Usage, Verified, Volume, VolumeRecord,
 };
+use weightd_core::warm::{WarmState, Warming};
 use weightd_proto::weightd::v1 as wire;
 
 use crate::access::{Credentials, Requester};
@@ -100,6 +101,28 @@ pub(super) fn fetched(fetched: &Fetched) -> wire::Prefetched {
         seconds: fetched.seconds,
         left_out: Some(left_out(&fetched.left_out)),
         bytes_shared: fetched.bytes_shared,
+        warming: None,
+    }
+}
+
+pub(super) fn warming(warming: &Warming) -> wire::Warming {
+    use wire::warming::State;
+    let (state, detail) = match &warming.state {
+        WarmState::Waiting => (State::Waiting, String::new()),
+        WarmState::Reading => (State::Reading, String::new()),
+        WarmState::Warm => (State::Warm, String::new()),
+        WarmState::Partly(why) => (State::Partly, why.to_string()),
+        WarmState::Failed(error) => (State::Failed, error.clone()),
+        WarmState::Stopped => (State::Stopped, String::new()),
+    };
+    wire::Warming {
+        model: warming.model.to_string(),
+        snapshot: warming.snapshot.to_string(),
+        state: state.into(),
+        bytes: warming.bytes,
+        bytes_warm: warming.bytes_warm,
+        bytes_read: warming.bytes_read,
+        detail,
     }
 }
 
@@ -240,6 +263,7 @@ pub(super) fn volume_request(
         patterns,
         layout,
         at_once: request.at_once,
+        warm: request.warm,
         requester: Requester {
             namespace: request.namespace,
             credentials: given.credentials()?,
@@ -260,6 +284,7 @@ pub(super) fn mounted_request(
         patterns: opened.patterns,
         layout: opened.layout,
         at_once: true,
+        warm: request.warm,
         requester: Requester {
             namespace: request.namespace,
             credentials: given.credentials()?,

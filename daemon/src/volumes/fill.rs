@@ -46,6 +46,8 @@ struct Task {
     holder: Holder,
     record: VolumeRecord,
     grant: Option<Grant>,
+    /// Read it into the page cache when it is complete.
+    warm: bool,
     refused: Arc<AtomicBool>,
 }
 
@@ -57,6 +59,7 @@ impl Volumes {
         holder: Holder,
         record: VolumeRecord,
         grant: Option<Grant>,
+        warm: bool,
     ) {
         let stop = self.stop.child_token();
         let refused = Arc::new(AtomicBool::new(grant.is_none()));
@@ -82,6 +85,7 @@ impl Volumes {
             holder,
             record,
             grant,
+            warm,
             refused,
         };
         self.tasks.spawn(async move {
@@ -176,7 +180,12 @@ impl Volumes {
             store.complete_volume(&holder, &id)?;
             store.touch(&done.model, &done.revision, &id)
         })
-        .await
+        .await?;
+        if task.warm {
+            let model = record.model.at(&record.revision);
+            self.warmer.warm(&model, &record.snapshot());
+        }
+        Ok(())
     }
 
     /// Goes on filling the volumes that an earlier process left incomplete, with this process's own
@@ -189,7 +198,7 @@ impl Volumes {
         for volume in self.list().await? {
             if let Some(record) = volume.record.filter(|_| !volume.complete) {
                 tracing::info!(holder = %volume.holder, model = %record.model, "resuming a volume");
-                self.keep_filling(volume.holder, record, None);
+                self.keep_filling(volume.holder, record, None, false);
             }
         }
         Ok(())

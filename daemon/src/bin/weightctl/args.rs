@@ -31,7 +31,8 @@ Examples:
   weightctl --root /var/lib/weightd bootstrap --file models --stage --strict
 
 A list is text: models between white space or commas, comments after #. Or it is TOML: tables
-[[prefetch]] with model, include, exclude and pin, as in the daemon's configuration.
+[[prefetch]] with model, include, exclude and pin, as in the daemon's configuration; warm is left
+to the daemon.
 
 In EC2 user data a list is a MIME part of the type text/x-weightd-prefetch, or stands in a script
 between the lines `# BEGIN weightd prefetch` and `# END weightd prefetch`. Tags that hold models
@@ -186,6 +187,7 @@ Examples:
   weightctl prefetch hf://org/model@v1.0
   weightctl prefetch hf://org/model --include '*.gguf'
   weightctl prefetch s3://bucket/models/x --pin serving
+  weightctl prefetch hf://org/model --warm     also reads it into memory, for whoever loads it next
   weightctl --output json prefetch hf://org/a hf://org/b | jq -r .path
 
 By default a model's safetensors, configuration, tokenizer, templates and code are taken; weights in
@@ -199,6 +201,10 @@ other formats and pickle files are left out. JSON: one object a line for each mo
         /// Hold them against eviction under this name, until `unpin --as NAME`
         #[arg(long, value_name = "NAME", value_parser = holder)]
         pin: Option<String>,
+        /// Then read them into the page cache, and return when that is done. The daemon's warm.max_memory_percent
+        /// says how much may be there; what is there already is not read
+        #[arg(long)]
+        warm: bool,
     },
     /// List the models that are here
     #[command(
@@ -319,6 +325,9 @@ Without this program in the container, a shell does the same:
     /// Looks at the store, the daemon, the CSI plugin, the Hub, S3, the shared tier and the machine. It works as
     /// any user, says what it cannot see, and changes nothing: what it writes to try a disk it removes again.
     Doctor(super::doctor::DoctorArgs),
+    /// Measure how fast files are read
+    #[command(subcommand)]
+    Bench(super::bench::BenchCommand),
     /// Show which node of the cluster has which model, or how far it is, as the API server knows it
     Cluster(super::cluster::ClusterArgs),
     /// The main job on an embedded origin, offline: prefetch, read-only mount, verify, timings
@@ -363,6 +372,10 @@ mod tests {
             &["gc", "--tier", "other"],
             &["gc", "--tier", "shared", "--max-age", "soon"],
             &["import"],
+            &["bench"],
+            &["bench", "read"],
+            &["bench", "read", "/x", "--rounds", "0"],
+            &["bench", "read", "/x", "--cache", "tepid"],
             &["frobnicate"],
         ] {
             let error =

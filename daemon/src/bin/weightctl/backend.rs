@@ -19,6 +19,7 @@ use weightd_core::errors::Chain;
 use weightd_core::fetch::{FetchLimits, Fetcher};
 use weightd_core::shared::SharedTier;
 use weightd_core::store::{Store, StoreLimits};
+use weightd_core::warm::Warmer;
 use weightd_proto::weightd::v1::VersionRequest;
 use weightd_proto::weightd::v1::control_client::ControlClient;
 use weightd_proto::weightd::v1::control_server::ControlServer;
@@ -199,10 +200,13 @@ impl Backend {
             Policy::default(),
             config.access_limits(),
         );
+        let limits = config.warm_limits();
+        let warmer = Warmer::new(Arc::clone(&store), limits, Arc::clone(&metrics));
         let service = ControlService::new(Arc::new(Engine {
             store,
-            volumes: Volumes::new(Arc::clone(&fetcher), access),
+            volumes: Volumes::new(Arc::clone(&fetcher), Arc::clone(&warmer), access),
             fetcher: Arc::clone(&fetcher),
+            warmer,
             metrics,
         }));
         let (ours, theirs) = tokio::io::duplex(1 << 20);

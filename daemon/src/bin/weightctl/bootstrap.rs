@@ -226,9 +226,10 @@ async fn prepare(
         output::error(problem);
     }
     let mut requests = list.requests;
-    for request in config.requests()? {
-        if !requests.contains(&request) {
-            requests.push(request);
+    // What is to be warm is warmed by the daemon, which keeps the pages when this process is gone.
+    for kept in config.kept()? {
+        if !requests.contains(&kept.request) {
+            requests.push(kept.request);
         }
     }
     if let Some(dir) = &args.wait_for {

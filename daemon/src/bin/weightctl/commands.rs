@@ -23,6 +23,7 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Man { dir } => return man(dir.as_deref()),
         Command::Doctor(args) => return crate::doctor::run(output, &cli.global, &args).await,
         Command::Cluster(args) => return crate::cluster::run(output, &args).await,
+        Command::Bench(command) => return crate::bench::run(output, command).await,
         Command::Gc {
             partial,
             tier,
@@ -60,8 +61,18 @@ type Client = weightd_proto::weightd::v1::control_client::ControlClient<tonic::t
 
 async fn dispatch(client: &mut Client, output: Output, command: Command) -> anyhow::Result<()> {
     match command {
-        Command::Prefetch { models, files, pin } => {
-            prefetch(client, output, models, &files, pin).await
+        Command::Prefetch {
+            models,
+            files,
+            pin,
+            warm,
+        } => {
+            let asked = |model: &ModelRef| wire::PrefetchRequest {
+                model: Some(model_spec(model, &files)),
+                pin: pin.clone().unwrap_or_default(),
+                warm,
+            };
+            prefetch(client, output, models.iter().map(asked).collect()).await
         }
         Command::Ls { files } => ls(client, output, files).await,
         Command::Path { spec } => {
@@ -82,7 +93,8 @@ async fn dispatch(client: &mut Client, output: Output, command: Command) -> anyh
         Command::Verify { model, files } => verify(client, output, model, files).await,
         #[cfg(feature = "demo")]
         Command::Demo(_) => unreachable!("it needs no backend"),
-        Command::Bootstrap(_)
+        Command::Bench(_)
+        | Command::Bootstrap(_)
         | Command::Cluster(_)
         | Command::Completions { .. }
         | Command::Doctor(_)
@@ -167,20 +179,19 @@ fn failed(status: Status) -> anyhow::Error {
 async fn prefetch(
     client: &mut Client,
     output: Output,
-    models: Vec<ModelRef>,
-    files: &Files,
-    pin: Option<String>,
+    requests: Vec<wire::PrefetchRequest>,
 ) -> anyhow::Result<()> {
-    let several = models.len() > 1;
+    let several = requests.len() > 1;
     let mut failures = 0;
-    for model in models {
-        let pin = pin.clone().unwrap_or_default();
-        let request = wire::PrefetchRequest {
-            model: Some(model_spec(&model, files)),
-            pin,
-        };
+    for request in requests {
+        let warm = request.warm;
         match prefetch_one(client, output, request).await {
-            Ok(done) => output.result(&prefetched_json(&done), |_| prefetched_text(&done))?,
+            Ok(done) => {
+                output.result(&prefetched_json(&done), |_| prefetched_text(&done))?;
+                if warm && done.warming.is_none() {
+                    output::note("it was not warmed: this daemon is ending, or older than --warm");
+                }
+            }
             Err(error) if several && error.is::<Status>() => {
                 crate::explain(&error);
                 failures += 1;
@@ -206,6 +217,10 @@ async fn prefetch_one(
     let done = last(events, |event| match event.event? {
         Event::Progress(progress) => {
             bar.fetch(&progress);
+            None
+        }
+        Event::Warming(warming) => {
+            bar.warm(&warming);
             None
         }
         Event::Done(done) => Some(done),
@@ -241,7 +256,35 @@ fn prefetched_json(done: &wire::Prefetched) -> Value {
         "bytes_reused": done.bytes_reused,
         "seconds": done.seconds,
         "left_out": left_out_json(done.left_out.as_ref()),
+        "warming": done.warming.as_ref().map(warming_json),
     })
+}
+
+fn warming_json(warming: &wire::Warming) -> Value {
+    json!({
+        "model": warming.model,
+        "snapshot": warming.snapshot,
+        "state": warming.state().as_str_name().trim_start_matches("STATE_").to_lowercase(),
+        "bytes": warming.bytes,
+        "bytes_warm": warming.bytes_warm,
+        "bytes_read": warming.bytes_read,
+        "detail": Some(&warming.detail).filter(|detail| !detail.is_empty()),
+    })
+}
+
+/// How much of a model is in the page cache.
+fn warming_text(warming: &wire::Warming) -> String {
+    use wire::warming::State;
+    let (warm, all) = (bytes(warming.bytes_warm), bytes(warming.bytes));
+    let detail = &warming.detail;
+    match warming.state() {
+        State::Unspecified | State::Waiting => "waits to be read into the page cache".to_owned(),
+        State::Reading => format!("{warm} of {all} are in the page cache, more is being read"),
+        State::Warm => format!("all {all} are in the page cache"),
+        State::Partly => format!("{warm} of {all} are in the page cache: {detail}"),
+        State::Failed => format!("not read into the page cache: {detail}"),
+        State::Stopped => "not read into the page cache: the daemon ended".to_owned(),
+    }
 }
 
 fn prefetched_text(done: &wire::Prefetched) -> String {
@@ -264,6 +307,9 @@ fn prefetched_text(done: &wire::Prefetched) -> String {
     }
     let mut text = format!("{}\n{how}\n", snapshot.model);
     text.push_str(&left_out_text(done.left_out.as_ref()));
+    if let Some(warming) = &done.warming {
+        text.push_str(&format!("{}\n", warming_text(warming)));
+    }
     text.push_str(&snapshot.path);
     text
 }
@@ -360,11 +406,12 @@ async fn status(client: &mut Client, output: Output) -> anyhow::Result<()> {
     let status = ask(client.status(wire::StatusRequest {}).await)?;
     let fetches: Vec<Value> = status.fetches.iter().map(fetch_json).collect();
     let tiers: Vec<Value> = status.tiers.iter().map(tier_json).collect();
+    let warmings: Vec<Value> = status.warmings.iter().map(warming_json).collect();
     let rates = status.rates.iter();
     let rates: serde_json::Map<String, Value> = rates
         .map(|rate| (rate.way.clone(), rate.bytes_per_second.into()))
         .collect();
-    let value = json!({ "version": version.version, "root": version.root, "fetches": fetches, "tiers": tiers, "rates": rates });
+    let value = json!({ "version": version.version, "root": version.root, "fetches": fetches, "tiers": tiers, "rates": rates, "warmings": warmings });
     output.result(&value, |_| {
         let mut text = String::new();
         for tier in &status.tiers {
@@ -388,6 +435,9 @@ async fn status(client: &mut Client, output: Output) -> anyhow::Result<()> {
             let (done, all, rate) = (bytes(fetch.bytes_done), bytes(fetch.bytes), bytes(fetch.bytes_per_second as u64));
             let wait = fetch.wait.as_ref().map(|wait| format!(", {}", waiting(wait))).unwrap_or_default();
             text.push_str(&format!("fetching {}: {done} of {all}, {rate}/s{eta}{wait}\n", shorten(&fetch.model)));
+        }
+        for warming in &status.warmings {
+            text.push_str(&format!("{}: {}\n", shorten(&warming.model), warming_text(warming)));
         }
         text
     })

@@ -8,6 +8,7 @@ use clap::error::ErrorKind;
 
 mod args;
 mod backend;
+mod bench;
 mod bootstrap;
 mod cluster;
 mod commands;

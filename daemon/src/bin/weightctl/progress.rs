@@ -4,7 +4,7 @@ use std::io::IsTerminal;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use weightd_proto::weightd::v1::{Progress, VerifyProgress, Wait, progress::Phase};
+use weightd_proto::weightd::v1::{Progress, VerifyProgress, Wait, Warming, progress::Phase};
 
 use crate::output::{self, Output};
 
@@ -46,15 +46,27 @@ impl Bar {
     }
 
     pub(crate) fn verify(&self, progress: &VerifyProgress) {
-        self.hash("verifying", progress.bytes_done, progress.bytes);
+        self.bytes("verifying", progress.bytes_done, progress.bytes);
     }
 
-    /// Bytes hashed so far, and all.
-    pub(crate) fn hash(&self, doing: &'static str, done: u64, all: u64) {
+    pub(crate) fn warm(&self, warming: &Warming) {
+        self.bytes("warming", warming.bytes_warm, warming.bytes);
+    }
+
+    /// Bytes done so far, and all.
+    pub(crate) fn bytes(&self, doing: &'static str, done: u64, all: u64) {
         self.0.set_prefix(doing);
         self.0.set_length(all);
         self.0.set_position(done);
         let (done, all) = (output::bytes(done), output::bytes(all));
+        self.0.set_message(format!("{done} of {all}"));
+    }
+
+    /// Steps taken so far, and all.
+    pub(crate) fn steps(&self, doing: &'static str, done: u64, all: u64) {
+        self.0.set_prefix(doing);
+        self.0.set_length(all);
+        self.0.set_position(done);
         self.0.set_message(format!("{done} of {all}"));
     }
 

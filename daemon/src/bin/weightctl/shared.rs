@@ -165,7 +165,7 @@ pub(crate) async fn import(
     let (from, hashing) = (dir.clone(), bar.clone());
     let imported = blocking::run(move || {
         store.import(&from, copy, &|done, all| {
-            hashing.hash("importing", done, all)
+            hashing.bytes("importing", done, all)
         })
     });
     let imported = imported.await;

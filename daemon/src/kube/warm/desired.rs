@@ -11,6 +11,7 @@ use weightd_core::fetch::FetchRequest;
 use weightd_core::model::{ModelRef, Patterns, Scheme};
 use weightd_core::store::Holder;
 
+use crate::config::Kept;
 use crate::kube::neighbour::{self, Neighbour};
 use crate::kube::node::{NodeView, PREFETCH};
 use crate::kube::prefetch::{ModelPrefetch, ModelPrefetchSpec, NodeStatus};
@@ -47,6 +48,8 @@ pub(super) struct Target {
     /// what is held for this entry.
     pub(super) mark: Option<Holder>,
     pub(super) priority: i32,
+    /// Read it into the page cache when it is here.
+    pub(super) warm: bool,
 }
 
 impl Target {
@@ -126,18 +129,20 @@ impl ObjectView {
             pin: spec.pin,
             mark: None,
             priority: spec.priority,
+            warm: spec.warm,
         }))
     }
 }
 
 /// What the configuration wants.
-pub(super) fn of_config(requests: Vec<FetchRequest>) -> BTreeMap<Origin, Wish> {
-    let target = |request: FetchRequest| match &request.pin {
+pub(super) fn of_config(kept: Vec<Kept>) -> BTreeMap<Origin, Wish> {
+    let target = |Kept { request, warm }: Kept| match &request.pin {
         Some(named) => Target {
             mark: mark(named, &spelled(&request.model, &request.patterns)),
             request,
             pin: true,
             priority: 0,
+            warm,
         },
         None => Target {
             request: FetchRequest {
@@ -150,9 +155,10 @@ pub(super) fn of_config(requests: Vec<FetchRequest>) -> BTreeMap<Origin, Wish> {
             pin: false,
             mark: None,
             priority: 0,
+            warm,
         },
     };
-    let wishes = requests.into_iter().map(|request| Ok(target(request)));
+    let wishes = kept.into_iter().map(|kept| Ok(target(kept)));
     (0..).map(Origin::Config).zip(wishes).collect()
 }
 
@@ -186,6 +192,7 @@ fn of_text(text: &str) -> Wish {
         pin: true,
         mark: None,
         priority: 0,
+        warm: false,
     })
 }
 
@@ -316,7 +323,7 @@ mod tests {
     #[test]
     fn an_object_is_for_the_nodes_that_it_selects() {
         let spec = json!({
-            "source": "hf://org/model", "priority": 7, "pin": false,
+            "source": "hf://org/model", "priority": 7, "pin": false, "warm": true,
             "nodeSelector": { "matchLabels": { "gpu": "h100" } },
         });
 
@@ -324,7 +331,7 @@ mod tests {
         let found = wishes(spec, &[("gpu", "h100")]);
 
         let target = found[0].as_ref().unwrap();
-        assert_eq!((target.priority, target.pin), (7, false));
+        assert_eq!((target.priority, target.pin, target.warm), (7, false, true));
         let holder = target.request.pin.as_ref().unwrap();
         assert_eq!(holder.as_str(), "operator/warm.object.it");
     }
@@ -389,17 +396,20 @@ mod tests {
 
     #[test]
     fn what_the_configuration_pins_keeps_its_name() {
-        let request = |pin: Option<&str>| FetchRequest {
-            model: "hf://org/model".parse().unwrap(),
-            patterns: Patterns::default(),
-            pin: pin.map(|name| Holder::operator(name).unwrap()),
+        let request = |pin: Option<&str>| Kept {
+            request: FetchRequest {
+                model: "hf://org/model".parse().unwrap(),
+                patterns: Patterns::default(),
+                pin: pin.map(|name| Holder::operator(name).unwrap()),
+            },
+            warm: pin.is_some(),
         };
         let wanted = of_config(vec![request(Some("serving")), request(None)]);
 
         let of = |n| wanted[&Origin::Config(n)].clone().unwrap();
         let serving = of(0).request.pin.unwrap();
         assert_eq!(serving.as_str(), "operator/serving");
-        assert!(of(0).pin);
+        assert!(of(0).pin && of(0).warm && !of(1).warm);
         assert_eq!(named(&of(0).mark.unwrap()), Some(serving));
         assert!(!of(1).pin && of(1).request.pin.unwrap().as_str().contains("warm.config."));
     }

@@ -128,7 +128,8 @@ fn request(entry: toml::Value) -> Result<Vec<FetchRequest>, String> {
         prefetch: vec![entry],
         ..Config::default()
     };
-    config.requests().map_err(|error| Chain(&error).to_string())
+    let kept = config.kept().map_err(|error| Chain(&error).to_string())?;
+    Ok(kept.into_iter().map(|kept| kept.request).collect())
 }
 
 /// The lists in an instance's user data: the MIME parts of their own type, else the marked sections.

@@ -34,7 +34,7 @@ fn a_bad_line_is_told_and_the_others_hold() {
 fn toml_has_the_keys_of_the_daemon() {
     let list = parse(
         "# models\n[[prefetch]]\nmodel = 'hf://org/a'\ninclude = ['*.gguf']\nexclude = ['old/*']\npin = 'boot'\n\
-         [[prefetch]]\nmodel = 's3://bucket/b'\n",
+         [[prefetch]]\nmodel = 's3://bucket/b'\nwarm = true\n",
         "list",
     );
     assert_eq!(models(&list), ["hf://org/a", "s3://bucket/b"]);
