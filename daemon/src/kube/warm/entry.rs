@@ -245,6 +245,7 @@ mod tests {
             pin: true,
             mark: None,
             priority,
+            warm: false,
         }
     }
 
