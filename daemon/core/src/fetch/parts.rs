@@ -102,7 +102,10 @@ pub(super) async fn download(
     };
     if origin.shared.limits.is_small(file.size) {
         // It is hashed in no time: a hasher that waits for it would only take a thread.
-        fetching.await?;
+        tokio::select! {
+            fetched = fetching => fetched?,
+            never = show(part, meter) => match never {},
+        }
         meter.set(part.present());
         return hashing.await.map_err(PartsError::Hash);
     }
