@@ -12,7 +12,7 @@
 //!              ├ one file         claim the bytes, or follow whoever has them
 //!              │  └ parts          ranges in parallel → blocks → write, journal; one hasher follows
 //!              │     ├ Share          with a shared tier: claim segments, copy those of other nodes, write ours behind
-//!              │     └ Part::seal   sync, link into the lease, then to its digest
+//!              │     └ Lease::seal  sync, link into the lease, then to its digest; small files together
 //!              ├ check            safetensors headers and their index
 //!              └ Lease::publish   sync, rename
 //! ```
@@ -35,6 +35,9 @@
 //! - Blocks are written by the connection that received them, not sent to one writer for each file; the
 //!   hasher reads them back from the page cache moments later. So memory is `connections × block`
 //!   whatever the order of arrival, and no channel needs a bound.
+//! - Small files are sealed together, after one sync of the whole file system: a sync of each took three milliseconds
+//!   on a virtual disk, thousands of times over. It also waits for what others have written there; a file that comes
+//!   in one range can afford that, larger ones are synced by themselves.
 //! - A journal record carries the checksum of its block. After a power loss the journal may be ahead of
 //!   the bytes, and not every origin names a digest that would find that out.
 //! - Room for a fetch is a preallocated file that shrinks as files are staged: the kernel keeps the
