@@ -20,8 +20,9 @@ use crate::digest::Digest;
 use crate::fault;
 use crate::source::RemoteFile;
 
-/// As many files or more are synced together with whatever else the file system has not written yet.
-const TOGETHER: usize = 4;
+/// As many files or more are synced together with whatever else the file system has not written yet. It may hold
+/// gigabytes of others, such as an image that is being unpacked: the few small files of most models do not wait for those.
+const TOGETHER: usize = 32;
 
 /// Bytes that were hashed, and are what their source claims.
 pub struct Checked {

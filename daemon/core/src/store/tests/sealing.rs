@@ -71,36 +71,38 @@ fn the_same_bytes_under_two_keys_become_one_inode() {
 
 #[test]
 fn files_that_are_sealed_together_get_their_names_each_for_itself() {
-    let (_dir, store) = store();
-    let lease = store.lease().unwrap();
-    let texts = ["one", "two", "three", "one", "four"];
-    let checked = texts.iter().enumerate().map(|(number, text)| {
-        let file = named(
-            &format!("d/{number}"),
-            &format!("s3:{number}"),
-            text.as_bytes(),
-        );
-        let (part, digest) = hashed(&store, &file, text.as_bytes());
-        let file = Arc::new(file);
-        Checked { part, digest, file }
-    });
-    let checked: Vec<_> = checked.collect();
-    fs::remove_file(part_path(&store, &checked[2].file)).unwrap();
+    for count in [3, 100] {
+        let (_dir, store) = store();
+        let lease = store.lease().unwrap();
+        // The last has the bytes of the first.
+        let text = |number: usize| format!("text {}", number % (count - 1));
+        let checked = (0..count).map(|number| {
+            let bytes = text(number).into_bytes();
+            let file = named(&format!("d/{number}"), &format!("s3:{number}"), &bytes);
+            let (part, digest) = hashed(&store, &file, &bytes);
+            let file = Arc::new(file);
+            Checked { part, digest, file }
+        });
+        let checked: Vec<_> = checked.collect();
+        fs::remove_file(part_path(&store, &checked[1].file)).unwrap();
 
-    let sealed = lease.seal(&checked);
+        let sealed = lease.seal(&checked);
 
-    let outcomes: Vec<bool> = sealed.iter().map(Result::is_ok).collect();
-    assert_eq!(outcomes, [true, true, false, true, true], "{sealed:?}");
-    for (number, text) in texts.iter().enumerate().filter(|(number, _)| *number != 2) {
-        let path = lease.tree().join(format!("d/{number}"));
-        assert_eq!(fs::read_to_string(&path).unwrap(), *text);
-        let blob = store.blob_path(Digest::of(text.as_bytes()));
-        assert_eq!(inode(&path), inode(&blob));
-        assert_eq!(fs::metadata(&blob).unwrap().mode() & 0o777, 0o444);
+        let failed: Vec<usize> = (0..count)
+            .filter(|number| sealed[*number].is_err())
+            .collect();
+        assert_eq!(failed, [1], "{sealed:?}");
+        for number in (0..count).filter(|number| *number != 1) {
+            let path = lease.tree().join(format!("d/{number}"));
+            assert_eq!(fs::read_to_string(&path).unwrap(), text(number));
+            let blob = store.blob_path(Digest::of(text(number).as_bytes()));
+            assert_eq!(inode(&path), inode(&blob));
+            assert_eq!(fs::metadata(&blob).unwrap().mode() & 0o777, 0o444);
+        }
+        assert!(!store.has(Digest::of(text(1).as_bytes())));
+        let left = names(&store.staging());
+        assert!(!left.iter().any(|name| name.ends_with(".part")), "{left:?}");
     }
-    assert!(!store.has(Digest::of(b"three")));
-    let left = names(&store.staging());
-    assert!(!left.iter().any(|name| name.ends_with(".part")), "{left:?}");
 }
 
 #[test]
