@@ -643,14 +643,6 @@ mod tests {
             ("[fetch]\nconnections = 0", &["fetch.connections", "1024"]),
             ("[fetch]\nmemory = '1MiB'", &["fetch.memory"]),
             ("[fetch]\nstall_timeout = 'soon'", &["soon"]),
-            (
-                "[warm]\nbytes_per_second = '1KiB'",
-                &["warm.bytes_per_second", "1 MiB"],
-            ),
-            (
-                "[warm]\nmax_memory_percent = 91",
-                &["warm.max_memory_percent", "90"],
-            ),
             ("[hf]\nendpoint = 'ftp://x'", &["endpoint"]),
             ("[hf]\ntoken_file = '/nowhere/token'", &["/nowhere/token"]),
             ("[store]\nmax_bytes = 0", &["store.max_bytes"]),
@@ -676,13 +668,30 @@ mod tests {
                 &["prefetch", "a/b"],
             ),
         ] {
-            let error = parse(text).expect_err(text);
-            for word in words {
-                assert!(
-                    error.contains(word),
-                    "`{word}` is missing for {text}: {error}"
-                );
-            }
+            refused(text, words);
+        }
+    }
+
+    #[test]
+    fn a_mistake_about_warming_is_named_with_what_is_allowed() {
+        refused(
+            "[warm]\nbytes_per_second = '1KiB'",
+            &["warm.bytes_per_second", "1 MiB"],
+        );
+        refused(
+            "[warm]\nmax_memory_percent = 91",
+            &["warm.max_memory_percent", "90"],
+        );
+    }
+
+    #[track_caller]
+    fn refused(text: &str, words: &[&str]) {
+        let error = parse(text).expect_err(text);
+        for word in words {
+            assert!(
+                error.contains(word),
+                "`{word}` is missing for {text}: {error}"
+            );
         }
     }
 
