@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Buf;
+use bytes::{Buf, Bytes};
 use futures::StreamExt;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -176,6 +176,10 @@ pub(super) fn split(missing: Vec<Range<u64>>, part_bytes: u64) -> VecDeque<Range
     }
     pieces
 }
+
+/// Bytes that arrive in one piece are gathered if they are fewer: to write them by themselves would cost more than to
+/// copy them.
+const GATHERED_BYTES: usize = 128 << 10;
 
 /// Connections of a range that are replaced for crawling, one after the other.
 const CRAWLS: u32 = 2;
@@ -355,16 +359,9 @@ impl Ranged {
             let left = self.range.end - self.at - block.len() as u64;
             bytes.advance(usize::try_from(dropped).expect("no longer than the bytes"));
             bytes.truncate(usize::try_from(left).unwrap_or(usize::MAX));
-            // Copied while a core's cache has them, and let go of at once: the connection reads into the same
-            // memory again. New memory for each read would cost more than the copy.
-            while !bytes.is_empty() {
-                bytes.advance(block.fill(&bytes));
-                if block.is_full() {
-                    let begun = Instant::now();
-                    block = self.write(block).await?;
-                    runner.waited(begun.elapsed());
-                }
-            }
+            let begun = Instant::now();
+            block = self.take(bytes, block).await?;
+            runner.waited(begun.elapsed());
             match gait {
                 // After two in a row one is given its time: the path may be slow. And from the start on
                 // another one would first bring again what is here.
@@ -382,6 +379,27 @@ impl Ranged {
         // What arrived is kept, however the connection ended: the next one reads on from there.
         self.write(block).await?;
         ended
+    }
+
+    /// Takes the bytes that arrived next: many are written at once, few are gathered in `block`.
+    ///
+    /// They are let go of before more are read, so that the connection reads into the same memory again: new memory
+    /// for each read would cost more than a copy.
+    async fn take(&mut self, mut bytes: Bytes, mut block: Buffer) -> Result<Buffer, StoreError> {
+        if bytes.len() >= GATHERED_BYTES {
+            block = self.write(block).await?;
+            let (part, at, length) = (Arc::clone(&self.part), self.at, bytes.len() as u64);
+            blocking::run(move || part.write(at, &bytes)).await?;
+            self.at += length;
+            return Ok(block);
+        }
+        while !bytes.is_empty() {
+            bytes.advance(block.fill(&bytes));
+            if block.is_full() {
+                block = self.write(block).await?;
+            }
+        }
+        Ok(block)
     }
 
     /// Writes what follows the bytes that are on disk; returns the block, empty.
@@ -506,7 +524,6 @@ mod tests {
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
-    use bytes::Bytes;
     use futures::future::BoxFuture;
     use futures::{FutureExt, stream};
 
