@@ -80,7 +80,7 @@ impl Default for FetchLimits {
     fn default() -> Self {
         Self {
             connections: 64,
-            memory_bytes: 64 << 20,
+            memory_bytes: 32 << 20,
             part_bytes: 16 << 20,
             files_in_flight: 8,
             attempts: 6,
