@@ -235,7 +235,7 @@ def together(rig, problems, clocks=()):
 def eight(rig, problems):
     """Eight cold nodes at once."""
     figures = together(rig, problems)
-    if not problems:
+    if all(rig.is_late(problem) for problem in problems):
         rig.eight_s = figures["slowest"]
     return figures
 
