@@ -208,8 +208,8 @@ impl Volume {
                 Some(other) => return Err(choice("mode", other, "wait or async")),
             },
             warm: match take("warm").as_deref() {
-                None | Some("false") => false,
-                Some("true") => true,
+                None | Some("true") => true,
+                Some("false") => false,
                 Some(other) => return Err(choice("warm", other, "true or false")),
             },
             credentials: credentials(request.secrets)?,

@@ -30,10 +30,10 @@ async fn becomes_warm(node: &Node) {
 }
 
 #[tokio::test]
-async fn a_volume_is_warmed_if_it_says_so_in_both_modes() {
+async fn a_volume_is_warmed_unless_it_says_no_in_both_modes() {
     for mode in ["wait", "async"] {
         let node = Node::running().await;
-        let attributes = [("source", MODEL), ("mode", mode)];
+        let attributes = [("source", MODEL), ("mode", mode), ("warm", "false")];
         node.publish(&Ask::new("pod-1", &attributes))
             .await
             .expect("published");
@@ -44,9 +44,9 @@ async fn a_volume_is_warmed_if_it_says_so_in_both_modes() {
                 .is_ok_and(|mut dir| dir.next().is_some())
         })
         .await;
-        assert_eq!(warmings(&node), [] as [Value; 0], "nobody asked for it");
+        assert_eq!(warmings(&node), [] as [Value; 0], "nobody wants it");
 
-        let attributes = [("source", MODEL), ("mode", mode), ("warm", "true")];
+        let attributes = [("source", MODEL), ("mode", mode)];
         node.publish(&Ask::new("pod-2", &attributes))
             .await
             .expect("published");

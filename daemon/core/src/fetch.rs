@@ -57,9 +57,10 @@ pub type FetchRequest = FetchRecord;
 pub struct FetchLimits {
     /// Ranged reads at once, at the most: there are fewer while more would bring no more.
     pub connections: usize,
-    /// Bytes that may have arrived and not be written yet.
+    /// Bytes that may have arrived and wait to be written or hashed, of all fetches together. Blocks beyond that go through
+    /// the page cache instead.
     pub memory_bytes: u64,
-    /// Bytes of one ranged read: 16 MiB.
+    /// Bytes of one ranged read: 8 MiB.
     ///
     /// Source: Amazon S3 whitepaper, "Use byte-range fetches", which advises 8 or 16 MB.
     pub part_bytes: u64,
@@ -80,8 +81,8 @@ impl Default for FetchLimits {
     fn default() -> Self {
         Self {
             connections: 64,
-            memory_bytes: 32 << 20,
-            part_bytes: 16 << 20,
+            memory_bytes: 48 << 20,
+            part_bytes: 8 << 20,
             files_in_flight: 8,
             attempts: 6,
             stall_timeout: Duration::from_secs(15),
@@ -408,7 +409,7 @@ impl Fetcher {
                 limits,
                 metrics,
                 width: Width::new(limits.connections),
-                buffers: Buffers::new(limits.block_bytes() as usize),
+                buffers: limits.buffers(),
                 tier,
             }),
             active: Mutex::default(),

@@ -1,10 +1,9 @@
 //! Warming: reading a published snapshot into the page cache, so that the pod that loads it next reads from memory.
 //!
-//! What was just fetched is there anyway, as far as memory allows; warming is for what was fetched long ago, or before
-//! the machine restarted. It runs after the snapshot was published, in tasks of its own, one at a time: nothing waits
-//! for it. Files are read in the order in which a loader opens them, no faster than the rate says, and each page once,
-//! so that the kernel counts it among those that it drops first. It ends where a share of the available memory is
-//! warm. What is there already is not read again.
+//! A fetch goes past the page cache, so what was just fetched is not there either. Warming runs after the snapshot was
+//! published, in tasks of its own, one at a time: nothing waits for it. Files are read in the order in which a loader
+//! opens them, no faster than the rate says, and each page once, so that the kernel counts it among those that it drops
+//! first. It ends where a share of the available memory is warm. What is there already is not read again.
 
 use std::collections::BTreeMap;
 use std::fmt;

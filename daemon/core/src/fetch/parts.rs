@@ -17,7 +17,7 @@ use super::share::Share;
 use super::width::Place;
 use super::{FetchLimits, Shared};
 use crate::blocking;
-use crate::buffers::Buffer;
+use crate::buffers::{ALIGNMENT, Buffer, Buffers};
 use crate::digest::{Digest, Verifier};
 use crate::metrics::Metrics;
 use crate::model::Scheme;
@@ -177,10 +177,6 @@ pub(super) fn split(missing: Vec<Range<u64>>, part_bytes: u64) -> VecDeque<Range
     pieces
 }
 
-/// Bytes that arrive in one piece are gathered if they are fewer: to write them by themselves would cost more than to
-/// copy them.
-const GATHERED_BYTES: usize = 128 << 10;
-
 /// Connections of a range that are replaced for crawling, one after the other.
 const CRAWLS: u32 = 2;
 
@@ -338,7 +334,7 @@ impl Ranged {
             Err(error) => return Err(Ended::Source(error)),
         };
         let mut runner = self.origin.pace.runner();
-        let mut block = self.origin.shared.buffers.take(0);
+        let mut block = self.origin.shared.buffers.gather(self.at);
         let ended = loop {
             if self.at + block.len() as u64 == self.range.end {
                 break Ok(());
@@ -381,38 +377,30 @@ impl Ranged {
         ended
     }
 
-    /// Takes the bytes that arrived next: many are written at once, few are gathered in `block`.
+    /// Gathers the bytes that arrived next.
     ///
     /// They are let go of before more are read, so that the connection reads into the same memory again: new memory
     /// for each read would cost more than a copy.
     async fn take(&mut self, mut bytes: Bytes, mut block: Buffer) -> Result<Buffer, StoreError> {
-        if bytes.len() >= GATHERED_BYTES {
-            block = self.write(block).await?;
-            let (part, at, length) = (Arc::clone(&self.part), self.at, bytes.len() as u64);
-            blocking::run(move || part.write(at, &bytes)).await?;
-            self.at += length;
-            return Ok(block);
-        }
         while !bytes.is_empty() {
             bytes.advance(block.fill(&bytes));
             if block.is_full() {
-                block = self.write(block).await?;
+                self.write(block).await?;
+                block = self.origin.shared.buffers.gather(self.at);
             }
         }
         Ok(block)
     }
 
-    /// Writes what follows the bytes that are on disk; returns the block, empty.
-    async fn write(&mut self, mut block: Buffer) -> Result<Buffer, StoreError> {
+    /// Writes what follows the bytes that are on disk.
+    async fn write(&mut self, block: Buffer) -> Result<(), StoreError> {
         if block.is_empty() {
-            return Ok(block);
+            return Ok(());
         }
-        let (part, at) = (Arc::clone(&self.part), self.at);
-        let written = move || part.write(at, &block).map(|()| block);
-        block = blocking::run(written).await?;
-        self.at += block.len() as u64;
-        block.clear();
-        Ok(block)
+        let (part, at, bytes) = (Arc::clone(&self.part), self.at, block.len() as u64);
+        blocking::run(move || part.write_block(at, block)).await?;
+        self.at += bytes;
+        Ok(())
     }
 }
 
@@ -513,9 +501,18 @@ impl FetchLimits {
         bytes <= self.part_bytes
     }
 
-    /// Bytes that a connection gathers before they are written: its share of the memory.
+    /// Bytes that a connection gathers before they are written. All connections together gather in half of the
+    /// memory; in the other half are blocks that wait to be hashed.
     pub(super) fn block_bytes(&self) -> u64 {
-        (self.memory_bytes / self.connections as u64).clamp(64 << 10, 1 << 20)
+        let bytes = self.memory_bytes / (2 * self.connections as u64);
+        bytes.clamp(64 << 10, 1 << 20) & !(ALIGNMENT as u64 - 1)
+    }
+
+    /// Memory for the blocks of all connections.
+    pub(super) fn buffers(&self) -> Arc<Buffers> {
+        let blocks = self.memory_bytes / self.block_bytes();
+        let bounded = |number| usize::try_from(number).unwrap_or(usize::MAX);
+        Buffers::new(bounded(self.block_bytes()), bounded(blocks))
     }
 }
 
@@ -673,7 +670,7 @@ mod tests {
             limits,
             metrics: Arc::default(),
             width: super::super::Width::new(limits.connections),
-            buffers: crate::buffers::Buffers::new(limits.block_bytes() as usize),
+            buffers: limits.buffers(),
             tier: None,
         });
         let model: ModelRef = "hf://org/model".parse().unwrap();

@@ -8,14 +8,14 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
 /// Reads at once to begin with: what a fast path needs to be full, and no origin minds.
-const FIRST: usize = 16;
+const FIRST: usize = 8;
 
 /// The rate is measured over this time.
 const WINDOW: Duration = Duration::from_millis(200);
 
-/// More reads are kept if the rate grows by this factor, at the least: doubled reads, each as fast as those before,
-/// would bring 2.
-const GROWTH: f64 = 1.1;
+/// More reads are kept if they bring this share of what they would bring if each were as fast as those before, at the
+/// least. What they bring without need lands farther from where a file's hasher is, and may not stay in memory so long.
+const WORTH: f64 = 0.2;
 
 /// When more reads brought nothing, others are tried only after this time.
 const STEADY: Duration = Duration::from_secs(10);
@@ -129,7 +129,7 @@ impl Width {
         let wanted = self.permits.available_permits() == 0;
         match state.trial {
             Trial::Starting { before, from } => state.trial = Trial::Judging { before, from },
-            Trial::Judging { before, from } if rate < before * GROWTH => {
+            Trial::Judging { before, from } if rate < worth_it(before, from, state.now) => {
                 self.set(state, from);
                 let until = Instant::now() + STEADY;
                 state.trial = Trial::Steady { until };
@@ -185,6 +185,11 @@ impl Drop for Place {
             self.permit.take().expect("taken only here").forget();
         }
     }
+}
+
+/// The rate that makes `now` reads worth it, where `from` of them brought `before`.
+fn worth_it(before: f64, from: usize, now: usize) -> f64 {
+    before * (1.0 + WORTH * (now as f64 / from as f64 - 1.0))
 }
 
 #[cfg(test)]

@@ -173,7 +173,7 @@ impl SharedTier {
             writes: Semaphore::new(WRITES),
             copies: Semaphore::new(NODE_COPIES),
             rates: Rates::default(),
-            buffers: Buffers::new(BLOCK_BYTES as usize),
+            buffers: Buffers::new(BLOCK_BYTES as usize, NODE_COPIES + WRITES),
             outstanding: AtomicU64::new(0),
             copying: AtomicU64::new(0),
             wrote: AtomicU64::new(0),

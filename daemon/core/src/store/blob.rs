@@ -1,5 +1,6 @@
 //! Blobs in the making: writing, hashing and sealing.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -8,13 +9,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
+use self::direct::Direct;
 use self::journal::{Journal, Record, checksum};
 use self::ranges::Ranges;
 use super::evict::remove_if_there;
 use super::{At, StoreError, claim, is_damage};
+use crate::buffers::Buffer;
 use crate::digest::{ClaimMismatch, Digest, Verifier};
 use crate::fault;
 
+mod direct;
 mod journal;
 mod ranges;
 mod seal;
@@ -24,7 +28,7 @@ pub use self::seal::Checked;
 pub use self::stage::{Claim, Claimed, StageKey, Watch};
 pub(super) use self::stage::{can_resume, preallocate};
 
-/// Bytes of one write: 32 KiB.
+/// Bytes of one write to the page cache: 32 KiB.
 ///
 /// For larger ones the kernel wants larger pieces of free memory, and moves other pages about to make them. Measured where
 /// the page cache fills the memory, as it does on each node after a while: 1 GiB took 0.29 to 0.45 s of processor time in
@@ -44,6 +48,8 @@ pub struct Part {
     path: PathBuf,
     size: u64,
     file: claim::Held,
+    /// The same file without the page cache; `None` for small files, and where the file system cannot do it.
+    direct: Option<Direct>,
     journal: Mutex<Journal>,
     /// Blocks that an earlier process wrote. They are believed once their checksum was seen to hold.
     resumed: Vec<Record>,
@@ -58,6 +64,8 @@ struct State {
     present: Ranges,
     /// What is being written now. No two of them overlap, nor one of them with `present`.
     in_flight: Vec<Range<u64>>,
+    /// Blocks that are on disk and still in memory, for the hasher, by their first byte.
+    held: BTreeMap<u64, Buffer>,
     closed: bool,
     /// The bytes are not what they should be.
     discarded: bool,
@@ -74,6 +82,14 @@ impl State {
         let hole = holes.find(|hole| hole.end > range.start && hole.start < range.end)?;
         Some(hole.start.max(range.start)..hole.end.min(range.end))
     }
+}
+
+/// What the hasher takes next.
+enum Next {
+    /// A block from memory.
+    Held(Buffer),
+    /// Bytes from the page cache, or of an earlier process from the disk, that end there.
+    OnDisk(u64),
 }
 
 /// Bytes that one call of [`Part::write`] alone may write. Dropping it lets others.
@@ -176,7 +192,11 @@ impl Part {
                 return Err(torn).at("believe", &self.path);
             }
         }
-        self.file.read_exact_at(bytes, at).at("read", &self.path)
+        let read = match &self.direct {
+            Some(direct) => direct.read(&self.file, bytes, at),
+            None => self.file.read_exact_at(bytes, at),
+        };
+        read.at("read", &self.path)
     }
 
     /// Where the bytes that follow `from` without a hole end.
@@ -208,7 +228,50 @@ impl Part {
         while let Some(writing) = self.take_hole(&range) {
             let hole = writing.range.clone();
             let inside = |at: u64| usize::try_from(at - offset).expect("within the block");
-            self.write_hole(hole.clone(), &block[inside(hole.start)..inside(hole.end)])?;
+            let bytes = &block[inside(hole.start)..inside(hole.end)];
+            self.write_cached(bytes, hole.start)?;
+            let crc = self.checksum_of(&hole, bytes);
+            self.wrote(hole, crc, None)?;
+        }
+        Ok(())
+    }
+
+    /// Does what [`Part::write`] does, and keeps the block in memory for the hasher as long as memory is plentiful. Then
+    /// it need not go through the page cache, which would cost several times what the disk's own transfer does.
+    pub(crate) fn write_block(&self, offset: u64, block: Buffer) -> Result<(), StoreError> {
+        let range = offset..offset + block.len() as u64;
+        assert!(
+            range.end <= self.size,
+            "a block reaches past the end of the file"
+        );
+        if !block.is_spare() {
+            return self.write(offset, &block);
+        }
+        let Some(writing) = self.take_hole(&range) else {
+            return Ok(());
+        };
+        if writing.range != range {
+            drop(writing);
+            return self.write(offset, &block);
+        }
+        match &self.direct {
+            Some(direct) => {
+                let written = direct.write(&self.file, &block, offset);
+                if !written.at("write", &self.path)? {
+                    self.write_cached(&block, offset)?;
+                }
+            }
+            None => self.write_cached(&block, offset)?,
+        }
+        let crc = self.checksum_of(&range, &block);
+        self.wrote(range, crc, Some(block))
+    }
+
+    fn write_cached(&self, bytes: &[u8], offset: u64) -> Result<(), StoreError> {
+        let mut at = offset;
+        for piece in bytes.chunks(WRITE_BYTES) {
+            self.file.write_all_at(piece, at).at("write", &self.path)?;
+            at += piece.len() as u64;
         }
         Ok(())
     }
@@ -232,22 +295,31 @@ impl Part {
         }
     }
 
-    fn write_hole(&self, range: Range<u64>, block: &[u8]) -> Result<(), StoreError> {
-        let mut at = range.start;
-        for piece in block.chunks(WRITE_BYTES) {
-            self.file.write_all_at(piece, at).at("write", &self.path)?;
-            at += piece.len() as u64;
-        }
+    /// Notes that `range` is on disk, whose bytes have this checksum. A block that is given is held for the hasher.
+    fn wrote(
+        &self,
+        range: Range<u64>,
+        crc: Option<u64>,
+        block: Option<Buffer>,
+    ) -> Result<(), StoreError> {
         fault::point("part.written");
-        // What came in one piece is hashed next: to go on with it saves nothing.
-        if range != (0..self.size) {
-            self.note(Record {
-                range: range.clone(),
-                crc: checksum([block]),
-            })?;
+        if let Some(crc) = crc {
+            let range = range.clone();
+            self.note(Record { range, crc })?;
         }
-        self.state().present.insert(range);
+        let mut state = self.state();
+        // Nobody hashes what was given up.
+        if let Some(block) = block.filter(|_| !state.closed) {
+            state.held.insert(range.start, block);
+        }
+        state.present.insert(range);
         Ok(())
+    }
+
+    /// What the journal says of these bytes. Nothing if they are the whole file: it is hashed next, and to go on with it
+    /// would save nothing.
+    fn checksum_of(&self, range: &Range<u64>, bytes: &[u8]) -> Option<u64> {
+        (*range != (0..self.size)).then(|| checksum([bytes]))
     }
 
     /// Appends to the journal.
@@ -290,32 +362,41 @@ impl Part {
 
     /// Gives up: [`Part::hash`] returns. The bytes stay for whoever claims them next.
     pub fn close(&self) {
-        self.state().closed = true;
+        let mut state = self.state();
+        state.closed = true;
+        state.held.clear();
+        drop(state);
         self.grown.notify_all();
     }
 
     /// Hashes the file front to back, following the writers, until its last byte is there.
     ///
-    /// The bytes are read back from the page cache moments after they were written; only those of an
-    /// earlier process come from the disk, and are checked against the journal.
+    /// Most bytes are still in memory. Others are read back from the page cache moments after they were written; only
+    /// those of an earlier process come from the disk, and are checked against the journal.
     ///
     /// # Errors
     ///
     /// [`HashError`]; after [`HashError::Mismatch`] call [`Part::discard`].
     pub fn hash(&self, mut verifier: Verifier) -> Result<Digest, HashError> {
-        // Thousands of small files need no more than they are long.
-        let most = usize::try_from(self.size).map_or(HASH_BYTES, |size| size.min(HASH_BYTES));
-        let mut buffer = vec![0; most];
+        let mut buffer = Vec::new();
         let mut at = 0;
         while at < self.size {
-            let end = self.wait_for_run(at)?;
+            let end = match self.next(at)? {
+                Next::Held(block) => {
+                    verifier.update(&block);
+                    at += block.len() as u64;
+                    continue;
+                }
+                Next::OnDisk(end) => end,
+            };
             while at < end {
                 at = match self.resumed_at(at) {
                     Some(record) => self.hash_resumed(record, &mut verifier, &mut buffer)?,
                     None => {
                         let next = self.next_resumed(at).min(end).min(at + HASH_BYTES as u64);
-                        let piece =
-                            &mut buffer[..usize::try_from(next - at).expect("at most HASH_BYTES")];
+                        let length = usize::try_from(next - at).expect("at most HASH_BYTES");
+                        buffer.resize(buffer.len().max(length), 0);
+                        let piece = &mut buffer[..length];
                         self.read_fresh(piece, at)?;
                         verifier.update(piece);
                         next
@@ -339,17 +420,21 @@ impl Part {
         }
     }
 
-    /// Waits for bytes at `at`; returns where some that can be hashed without another look end.
-    fn wait_for_run(&self, at: u64) -> Result<u64, HashError> {
+    /// Waits for the bytes at `at`.
+    fn next(&self, at: u64) -> Result<Next, HashError> {
         let mut state = self.state();
         loop {
             // First: whoever gave up waits for the claim, or somebody else does.
             if state.closed {
                 return Err(HashError::Closed);
             }
+            if let Some(block) = state.held.remove(&at) {
+                return Ok(Next::Held(block));
+            }
             let end = state.present.end_of_run(at).min(at + RUN_BYTES);
             if end > at {
-                return Ok(end);
+                let held = state.held.range(at..end).next();
+                return Ok(Next::OnDisk(held.map_or(end, |(start, _)| *start)));
             }
             state = self.wait(state);
         }
@@ -485,6 +570,7 @@ mod tests {
         Part {
             // A child that another test starts holds our locks, too, until it is another program.
             file: claim::wait(file, nix::fcntl::FlockArg::LockExclusive).unwrap(),
+            direct: None,
             path,
             size,
             journal: Mutex::new(journal),
@@ -585,11 +671,12 @@ mod tests {
         let part = unreadable(dir.path(), Vec::new());
         part.state().present.insert(0..1 << 40);
 
-        assert_eq!(part.wait_for_run(0).unwrap(), RUN_BYTES);
+        let next = part.next(0);
+        assert!(matches!(next, Ok(Next::OnDisk(RUN_BYTES))));
         part.close();
-        let closed = part.wait_for_run(RUN_BYTES);
+        let closed = part.next(RUN_BYTES);
 
-        assert!(matches!(closed, Err(HashError::Closed)), "{closed:?}");
+        assert!(matches!(closed, Err(HashError::Closed)));
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::*;
+use crate::buffers::Buffers;
 use crate::digest::{Claims, Verifier};
 use crate::manifest::{FileEntry, Manifest};
 use crate::model::{ModelRef, Patterns, RelPath, Revision, SnapshotId};
@@ -263,6 +264,68 @@ fn the_hasher_follows_the_writers() {
         part.write((at as u64) << 20, block).unwrap();
     }
     assert_eq!(hashing.join().unwrap(), Digest::of(&bytes));
+}
+
+/// Writes all of `bytes` in blocks of `buffers`, the last first.
+fn write_blocks(part: &Part, bytes: &[u8], block_bytes: usize, buffers: &Arc<Buffers>) {
+    for at in (0..bytes.len()).step_by(block_bytes).rev() {
+        let mut block = buffers.gather(at as u64);
+        block.fill(&bytes[at..]);
+        part.write_block(at as u64, block).unwrap();
+    }
+}
+
+#[test]
+fn blocks_are_hashed_from_memory_and_from_the_page_cache() {
+    const BLOCK: usize = 256 << 10;
+    let (_dir, store) = store();
+    let bytes: Vec<u8> = (0..(3 << 20) + 4099)
+        .map(|n: u32| (n % 251) as u8)
+        .collect();
+    let file = remote("a", &bytes);
+    for most in [0, 3, 99] {
+        let buffers = Buffers::new(BLOCK, most);
+        let part = mine(&store, &file);
+        // Of some blocks a part is here already.
+        part.write(700_000, &bytes[700_000..900_001]).unwrap();
+        let hashing = std::thread::spawn({
+            let (part, verifier) = (Arc::clone(&part), Verifier::new(part.size(), file.claims));
+            move || part.hash(verifier).unwrap()
+        });
+
+        write_blocks(&part, &bytes, BLOCK, &buffers);
+
+        assert_eq!(hashing.join().unwrap(), Digest::of(&bytes), "{most} blocks");
+        let mut read = Buffers::new(BLOCK, 1).take(BLOCK);
+        part.read(0, &mut read).unwrap();
+        assert!(*read == bytes[..BLOCK], "{most} blocks");
+        let staged = store
+            .staging()
+            .join(format!("{}.part", StageKey::of(&file)));
+        assert!(fs::read(staged).unwrap() == bytes, "{most} blocks");
+        part.discard().unwrap();
+    }
+}
+
+#[test]
+fn memory_of_a_part_that_is_given_up_is_free_again() {
+    const BLOCK: usize = 256 << 10;
+    let (_dir, store) = store();
+    let bytes = vec![7; 2 << 20];
+    let file = remote("a", &bytes);
+    let buffers = Buffers::new(BLOCK, 4);
+    let part = mine(&store, &file);
+    write_blocks(&part, &bytes, BLOCK, &buffers);
+    assert!(
+        !buffers.take(0).is_spare(),
+        "nothing is held for the hasher"
+    );
+
+    part.close();
+
+    assert!(buffers.take(0).is_spare());
+    write_blocks(&part, &bytes, BLOCK, &buffers);
+    assert!(buffers.take(0).is_spare(), "held for nobody");
 }
 
 #[test]

@@ -7,11 +7,11 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use bytes::Bytes;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
 use super::STEP_BYTES;
 use crate::blocking;
+use crate::buffers::Buffer;
 use crate::fetch::progress::Meter;
 use crate::shared::{BadBlock, Fill, SharedError, SharedStore, SharedTier, Sums, Trouble};
 use crate::store::{Part, StoreError, is_damage};
@@ -58,7 +58,7 @@ impl Copied {
                 self.copy(&bytes, index, block).await?;
             }
         }
-        // They are in the local tier's page cache now.
+        // They are in the local tier now: nobody here reads them from the shared one again.
         let range = self.range.clone();
         let forget = self.tier.run(move |_| {
             forget(&bytes, &range);
@@ -97,7 +97,7 @@ impl Copied {
         self.tier.metrics().shared_copied(copied);
         let part = Arc::clone(&self.part);
         // All of the block: what is here already stays as it is.
-        let written = blocking::run(move || part.write(block.start, &data)).await;
+        let written = blocking::run(move || part.write_block(block.start, data)).await;
         written.map_err(CopyError::Local)
     }
 
@@ -107,7 +107,7 @@ impl Copied {
         file: &Arc<File>,
         index: usize,
         block: &Range<u64>,
-    ) -> Result<Result<Bytes, BadBlock>, Trouble> {
+    ) -> Result<Result<Buffer, BadBlock>, Trouble> {
         let length = usize::try_from(block.end - block.start).expect("a block fits in memory");
         let mut data = self.tier.buffers().take(length);
         for from in (0..length).step_by(STEP_BYTES) {
@@ -127,7 +127,7 @@ impl Copied {
         let at = block.start;
         Ok(blocking::run(move || {
             let checked = sums.check(index, at, &data);
-            checked.map(|()| Bytes::from_owner(data))
+            checked.map(|()| data)
         })
         .await)
     }

@@ -15,7 +15,7 @@ use super::super::collect::remove_journal;
 use super::super::evict::remove_if_there;
 use super::super::{At, Store, StoreError, claim, entries, is_full};
 use super::journal::Journal;
-use super::{Part, State};
+use super::{Direct, Part, State};
 use crate::digest::Digest;
 use crate::fault;
 use crate::source::{RemoteFile, Vouched};
@@ -277,7 +277,9 @@ impl Claim {
         for record in &resumed {
             state.present.insert(record.range.clone());
         }
+        let direct = (size > AS_WRITTEN).then(|| Direct::open(file));
         Ok(Arc::new(Part {
+            direct: direct.flatten(),
             path: std::mem::take(&mut self.path),
             size,
             file: self.file.take().expect("it is taken only here"),
