@@ -488,6 +488,7 @@ impl Config {
             },
             unsigned_buckets: self.s3.unsigned_buckets.clone(),
             believe_metadata: false,
+            look_at_all: self.shared_config().is_some(),
         })
     }
 

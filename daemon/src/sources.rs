@@ -56,14 +56,15 @@ impl Origins {
         })
     }
 
-    /// As the environment says, for a user's own process.
+    /// As the environment says, for a user's own process. With `shared`, it takes part in a shared tier.
     ///
     /// # Errors
     ///
     /// [`OriginsError`] if what it says of the Hub cannot be used.
-    pub fn from_env() -> Result<Self, OriginsError> {
+    pub fn from_env(shared: bool) -> Result<Self, OriginsError> {
         let s3 = S3Config {
             believe_metadata: true,
+            look_at_all: shared,
             ..S3Config::default()
         };
         Self::new(HfConfig::from_env()?, s3, None)

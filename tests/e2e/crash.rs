@@ -107,6 +107,7 @@ impl Model {
                 identity: None,
                 vouched: Vouched::BySource,
                 xet_hash: None,
+                told: None,
             };
             match store.has(sha256) {
                 true => 0,

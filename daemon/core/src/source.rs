@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -103,6 +103,20 @@ pub struct RemoteFile {
     pub identity: Option<String>,
     /// The Hub's Xet hash, recorded in the manifest.
     pub xet_hash: Option<String>,
+    /// For a file that claims come with, and not before: [`Source::read`] from the first byte on puts them here before
+    /// it returns. `None` for all others.
+    pub told: Option<Arc<OnceLock<Claims>>>,
+}
+
+impl RemoteFile {
+    /// All that the source says of the bytes; `None` while that has not come.
+    #[must_use]
+    pub fn all_claims(&self) -> Option<Claims> {
+        match &self.told {
+            Some(told) => told.get().copied(),
+            None => Some(self.claims),
+        }
+    }
 }
 
 /// What the patterns left out of a listing.

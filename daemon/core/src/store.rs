@@ -307,6 +307,18 @@ fn make_dirs(path: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o755).create(path)
 }
 
+/// Gives a file a second name, in a folder that is made if it is not there.
+fn link_in_folder(from: &Path, to: &Path) -> io::Result<()> {
+    match fs::hard_link(from, to) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            // Not before each link: thousands of files have few folders.
+            make_dirs(to.parent().unwrap_or(to))?;
+            fs::hard_link(from, to)
+        }
+        linked => linked,
+    }
+}
+
 /// What a file that was written outlives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Survives {

@@ -82,6 +82,7 @@ impl Source for Model {
             vouched: Vouched::BySource,
             identity: None,
             xet_hash: None,
+            told: None,
         };
         let listing = Listing {
             files: vec![file],

@@ -130,6 +130,7 @@ impl DirectorySource {
             vouched: Vouched::ByNobody,
             identity: Some(file.identity()),
             xet_hash: None,
+            told: None,
         });
         let files = files.collect();
         *self.listed() = chosen.into_iter().map(|(.., file)| file).collect();

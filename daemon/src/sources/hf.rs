@@ -123,6 +123,7 @@ impl HfSource {
             vouched: Vouched::BySource,
             identity: file.claims.git_oid.map(|oid| git_identity(oid, size)),
             xet_hash: file.xet_hash,
+            told: None,
         });
         Ok(Listing {
             files: files.collect(),

@@ -4,7 +4,8 @@
 //! ours (`http`), and so are retries of ranges (the fetcher's) and checks of bytes (the store's).
 //!
 //! 1. `resolve` lists the prefix (`listing`): the digest of that listing is the revision.
-//! 2. `list` looks at each chosen object (`object`): checksums, version, ETag.
+//! 2. `list` looks at each chosen object (`object`): checksums, version, ETag. Thousands of small ones tell theirs when
+//!    they are read.
 //! 3. `read` reads ranges of exactly that ETag and version.
 //!
 //! What must hold: bytes of two versions of an object never meet in one file; no credential and no
@@ -46,6 +47,12 @@ use object::Object;
 
 /// Objects that are looked at at once.
 const LOOKS: usize = 16;
+
+/// Of more small objects than so many, none is looked at before it is read: that would double the requests.
+const FEW: usize = 128;
+
+/// A small object: 1 MiB.
+const SMALL_BYTES: u64 = 1 << 20;
 
 /// One prefix of a bucket, read with one requester's credentials for the length of one fetch.
 pub struct S3Source {
@@ -183,8 +190,18 @@ impl S3Source {
     ) -> Result<Listing, SourceError> {
         let objects = self.listing_at(revision).await?;
         let (chosen, left_out) = self.choose(&objects, patterns)?;
+        let small = |listed: &Listed| listed.size <= SMALL_BYTES;
+        let many = chosen.iter().filter(|(.., listed)| small(listed)).count() > FEW;
+        let many = many && !self.bucket.config.look_at_all;
         let looks = chosen.into_iter().map(|(path, _, listed)| async move {
-            let object = object::look(&self.bucket, &listed).await?;
+            let unseen = match many && small(&listed) {
+                true => object::unseen(&self.bucket, &listed).await?,
+                false => None,
+            };
+            let object = match unseen {
+                Some(object) => object,
+                None => object::look(&self.bucket, &listed).await?,
+            };
             Ok((path, listed.size, Arc::new(object)))
         });
         let looked: Result<Vec<_>, SourceError> =
@@ -201,6 +218,7 @@ impl S3Source {
             },
             identity: object.identity.clone(),
             xet_hash: None,
+            told: object.unseen.then(Arc::default),
         });
         let files = files.collect();
         let objects = looked.into_iter().map(|(path, _, object)| (path, object));
@@ -238,7 +256,7 @@ impl Source for S3Source {
         async move {
             let object = self.state().objects.get(&file.path).cloned();
             let object = object.ok_or_else(|| self.invalid("it is read before it was listed"))?;
-            object::read(&self.bucket, &object, range).await
+            object::read(&self.bucket, &object, range, file.told.as_deref()).await
         }
         .boxed()
     }

@@ -65,6 +65,9 @@ impl Origin {
     }
 }
 
+/// A file no larger is hashed where it arrived, in less time than it takes to hand it to another thread: 64 KiB.
+const HASHED_AT_ONCE: u64 = 64 << 10;
+
 /// Stops the hasher when the download is given up, also by being dropped.
 struct CloseOnDrop<'a>(&'a Part);
 
@@ -82,13 +85,25 @@ pub(super) async fn download(
     meter: &FileMeter<'_>,
     share: Option<&Share>,
 ) -> Result<Digest, PartsError> {
-    let verifier = Verifier::new(file.size, file.claims);
-    let hashed = Arc::clone(part);
-    let hashing = blocking::run(move || hashed.hash(verifier));
+    let hash = |claims| {
+        let (part, verifier) = (Arc::clone(part), Verifier::new(file.size, claims));
+        move || part.hash(verifier)
+    };
     let _close = CloseOnDrop(part);
+    let found = part.present();
+    if file.told.is_some() && found > 0 {
+        // What is claimed of them comes only with the first byte.
+        part.discard()?;
+        return Err(PartsError::Hash(HashError::Torn { bytes: found }));
+    }
     let fetching = async {
         let fetched = match share {
             Some(share) => share.fetch(origin, file, part).await,
+            None if file.told.is_some() => {
+                // Its claims come with the whole of it.
+                let all = Ranged::new(origin, file, part, 0..file.size);
+                all.fetch(Connection::new(&origin.shared).await).await
+            }
             None => fetch_ranges(origin, file, part).await,
         };
         match fetched {
@@ -100,16 +115,22 @@ pub(super) async fn download(
             fetched => fetched,
         }
     };
-    if origin.shared.limits.is_small(file.size) {
+    if origin.shared.limits.is_small(file.size) || file.told.is_some() {
         // It is hashed in no time: a hasher that waits for it would only take a thread.
         tokio::select! {
             fetched = fetching => fetched?,
             never = show(part, meter) => match never {},
         }
         meter.set(part.present());
-        return hashing.await.map_err(PartsError::Hash);
+        let claims = file.all_claims().ok_or_else(|| untold(file))?;
+        let hash = hash(claims);
+        let hashed = match file.size <= HASHED_AT_ONCE {
+            true => hash(),
+            false => blocking::run(hash).await,
+        };
+        return hashed.map_err(PartsError::Hash);
     }
-    let mut hashing = tokio::spawn(hashing);
+    let mut hashing = tokio::spawn(blocking::run(hash(file.claims)));
     // The hasher may fail long before the last byte is here: what follows would be fetched in vain.
     let digest = tokio::select! {
         digest = &mut hashing => digest,
@@ -122,6 +143,15 @@ pub(super) async fn download(
     };
     let digest = digest.expect("hashing neither panics nor is cancelled");
     digest.map_err(PartsError::Hash)
+}
+
+/// A source that did not keep its word.
+fn untold(file: &RemoteFile) -> SourceError {
+    SourceError::Invalid {
+        what: file.path.to_string(),
+        detail: "it came without what should be claimed of it".to_owned(),
+        hint: None,
+    }
 }
 
 /// Tells the meter how much of the file is here, until it is dropped.
@@ -144,7 +174,13 @@ async fn fetch_ranges(
     let mut under_way = JoinSet::new();
     let most = origin.shared.limits.connections;
     // Kept across turns of the loop, so that this file keeps its place among those that wait.
-    let connection = || Connection::new(&origin.shared);
+    let connection = || async {
+        // The hasher of a small file begins when all of it is here.
+        if !origin.shared.limits.is_small(file.size) {
+            part.caught_up().await;
+        }
+        Connection::new(&origin.shared).await
+    };
     let mut next = std::pin::pin!(connection());
     while !(ranges.is_empty() && under_way.is_empty()) {
         tokio::select! {
@@ -655,6 +691,7 @@ mod tests {
             claims: Claims::default(),
             vouched: Vouched::BySource,
             xet_hash: None,
+            told: None,
         });
         let Claimed::Mine(claim) = store.claim(&StageKey::of(&file)).unwrap() else {
             panic!("somebody else has it");

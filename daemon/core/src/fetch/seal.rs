@@ -45,16 +45,23 @@ impl Sealer {
     /// Seals one file with whichever others wait for it.
     pub(super) async fn together(&self, checked: Checked) -> Result<(), StoreError> {
         let _place = self.places.acquire().await.expect("nobody closes it");
-        let (sealed, outcome) = oneshot::channel();
+        let (sealed, mut outcome) = oneshot::channel();
         self.waiting().push(Waiting { checked, sealed });
-        {
-            let _turn = self.turn.lock().await;
-            let batch = std::mem::take(&mut *self.waiting());
-            if !batch.is_empty() {
-                let lease = Arc::clone(&self.lease);
-                blocking::run(move || seal(&lease, batch)).await;
-            }
+        // Whoever is sealed leaves the line: with a turn it has no more need of, it would seal the few that have just
+        // come, and all others would wait for that.
+        let turn = tokio::select! {
+            biased;
+            outcome = &mut outcome => return outcome.expect("an outcome for each file"),
+            turn = self.turn.lock() => turn,
+        };
+        // Those whose places the last batch has freed come now.
+        tokio::task::yield_now().await;
+        let batch = std::mem::take(&mut *self.waiting());
+        if !batch.is_empty() {
+            let lease = Arc::clone(&self.lease);
+            blocking::run(move || seal(&lease, batch)).await;
         }
+        drop(turn);
         // Whoever had the turn and left has begun what it took: it is finished all the same.
         outcome.await.expect("an outcome for each file")
     }

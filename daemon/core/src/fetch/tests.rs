@@ -18,6 +18,7 @@ use crate::store::StoreLimits;
 
 mod again;
 mod room;
+mod told;
 mod turns;
 
 /// What goes wrong with one read.
@@ -43,6 +44,8 @@ struct Origin {
     reads: Mutex<Vec<(String, Range<u64>)>>,
     sent: AtomicUsize,
     claim: bool,
+    /// It claims nothing before it is read.
+    tells: bool,
 }
 
 impl Origin {
@@ -98,6 +101,7 @@ impl Source for OriginSource {
                 size,
                 vouched: Vouched::BySource,
                 xet_hash: None,
+                told: self.0.tells.then(Arc::default),
             };
             Ok(Listing {
                 files: chosen.into_iter().map(file).collect(),
@@ -119,16 +123,14 @@ impl Source for OriginSource {
             .unwrap()
             .push((what.clone(), range.clone()));
         let all = &self.0.files[file.path.as_str()];
+        tell(file, &range, all);
         let mut bytes = all
             [usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap()]
             .to_vec();
-        let fault = if what.ends_with(".bin") {
-            self.0.faults.lock().unwrap().pop()
-        } else {
-            None
-        };
+        let faulty = what.ends_with(".bin");
+        let fault = faulty.then(|| self.0.faults.lock().unwrap().pop());
         let mut stalls = false;
-        match fault {
+        match fault.flatten() {
             Some(Fault::Cut(after)) => bytes.truncate(after),
             Some(Fault::Stall(after)) => {
                 bytes.truncate(after);
@@ -172,6 +174,17 @@ impl Source for OriginSource {
             stream.boxed()
         };
         async { Ok(stream) }.boxed()
+    }
+}
+
+/// Says what is claimed of a file as all of it is read.
+fn tell(file: &RemoteFile, range: &Range<u64>, bytes: &[u8]) {
+    if let Some(told) = file.told.as_ref().filter(|_| *range == (0..file.size)) {
+        let sha256 = Some(Digest::of(bytes));
+        let _ = told.set(Claims {
+            sha256,
+            ..Claims::default()
+        });
     }
 }
 

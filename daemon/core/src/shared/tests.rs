@@ -274,6 +274,7 @@ fn what_no_origin_says_anything_about_is_not_shared() {
         vouched: Vouched::BySource,
         identity: identity.map(str::to_owned),
         xet_hash: None,
+        told: None,
     };
     let sha256 = Claims {
         sha256: Some(Digest::of(b"")),

@@ -9,6 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
+use tokio::sync::Notify;
+
 use self::direct::Direct;
 use self::journal::{Journal, Record, checksum};
 use self::ranges::Ranges;
@@ -38,6 +40,9 @@ const WRITE_BYTES: usize = 32 << 10;
 /// Bytes that are hashed at a time: they stay in a core's second-level cache.
 const HASH_BYTES: usize = 256 << 10;
 
+/// Bytes in memory that a hasher may be behind before no more are asked for: 4 MiB, which it takes in some milliseconds.
+const BACKLOG_BYTES: u64 = 4 << 20;
+
 /// Bytes that are hashed at most between two looks at whether the download was given up: 8 MiB, some
 /// milliseconds.
 const RUN_BYTES: u64 = 8 << 20;
@@ -55,6 +60,8 @@ pub struct Part {
     resumed: Vec<Record>,
     state: Mutex<State>,
     grown: Condvar,
+    /// The hasher has got on.
+    got_on: Notify,
     /// Bytes that came from the origin, also those that are not written yet.
     arrived: AtomicU64,
 }
@@ -66,6 +73,8 @@ struct State {
     in_flight: Vec<Range<u64>>,
     /// Blocks that are on disk and still in memory, for the hasher, by their first byte.
     held: BTreeMap<u64, Buffer>,
+    /// Where the hasher is.
+    hashed: u64,
     closed: bool,
     /// The bytes are not what they should be.
     discarded: bool,
@@ -81,6 +90,18 @@ impl State {
         let mut holes = taken.holes(range.end).into_iter();
         let hole = holes.find(|hole| hole.end > range.start && hole.start < range.end)?;
         Some(hole.start.max(range.start)..hole.end.min(range.end))
+    }
+
+    /// Bytes in memory that the hasher could take now.
+    fn backlog(&self) -> u64 {
+        let mut end = self.hashed;
+        for (start, block) in self.held.range(end..) {
+            if *start != end {
+                break;
+            }
+            end += block.len() as u64;
+        }
+        end - self.hashed
     }
 }
 
@@ -167,6 +188,20 @@ impl Part {
     #[must_use]
     pub fn arrived(&self) -> u64 {
         self.arrived.load(Ordering::Relaxed)
+    }
+
+    /// Waits until the hasher has not much in memory left to do. To fetch more before would not end sooner, but take more
+    /// memory than there is.
+    pub(crate) async fn caught_up(&self) {
+        loop {
+            let mut got_on = std::pin::pin!(self.got_on.notified());
+            // Before the look: what comes after it wakes us.
+            got_on.as_mut().enable();
+            if self.state().backlog() <= BACKLOG_BYTES {
+                return;
+            }
+            got_on.await;
+        }
     }
 
     /// Whether what is missing will not come any more, or what is here is not to be used.
@@ -367,6 +402,7 @@ impl Part {
         state.held.clear();
         drop(state);
         self.grown.notify_all();
+        self.got_on.notify_waiters();
     }
 
     /// Hashes the file front to back, following the writers, until its last byte is there.
@@ -420,9 +456,11 @@ impl Part {
         }
     }
 
-    /// Waits for the bytes at `at`.
+    /// Waits for the bytes at `at`, up to which all are hashed.
     fn next(&self, at: u64) -> Result<Next, HashError> {
         let mut state = self.state();
+        state.hashed = at;
+        self.got_on.notify_waiters();
         loop {
             // First: whoever gave up waits for the claim, or somebody else does.
             if state.closed {
@@ -577,6 +615,7 @@ mod tests {
             resumed,
             state: Mutex::new(state),
             grown: Condvar::new(),
+            got_on: Notify::new(),
             arrived: AtomicU64::new(0),
         }
     }
@@ -695,6 +734,7 @@ mod tests {
             identity: None,
             vouched: crate::source::Vouched::ByNobody,
             xet_hash: None,
+            told: None,
         };
 
         let lease = store.lease().unwrap();

@@ -9,7 +9,9 @@ use std::time::SystemTime;
 
 use super::evict::look;
 use super::pin::Holder;
-use super::{At, Store, StoreError, claim, entries, make_dirs, sync_parent, write_atomically};
+use super::{
+    At, Store, StoreError, claim, entries, link_in_folder, make_dirs, sync_parent, write_atomically,
+};
 use crate::digest::Digest;
 use crate::errors::Chain;
 use crate::fault;
@@ -247,10 +249,7 @@ impl Lease {
     /// Links `from` in at `path`; returns where that is.
     pub(super) fn link(&self, from: &Path, path: &RelPath) -> Result<PathBuf, StoreError> {
         let to = self.dir.join("tree").join(path);
-        if let Some(parent) = to.parent() {
-            make_dirs(parent).at("create", parent)?;
-        }
-        match fs::hard_link(from, &to) {
+        match link_in_folder(from, &to) {
             // A part of bytes that somebody else sealed first: two names, one inode.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 fs::remove_file(&to).at("remove", &to)?;

@@ -36,6 +36,7 @@ fn remote(path: &str, bytes: &[u8]) -> RemoteFile {
         identity: None,
         vouched: Vouched::BySource,
         xet_hash: None,
+        told: None,
     }
 }
 
@@ -268,7 +269,18 @@ fn the_hasher_follows_the_writers() {
 
 /// Writes all of `bytes` in blocks of `buffers`, the last first.
 fn write_blocks(part: &Part, bytes: &[u8], block_bytes: usize, buffers: &Arc<Buffers>) {
-    for at in (0..bytes.len()).step_by(block_bytes).rev() {
+    write_blocks_from(part, bytes, 0, block_bytes, buffers);
+}
+
+/// The same from byte `from` on.
+fn write_blocks_from(
+    part: &Part,
+    bytes: &[u8],
+    from: usize,
+    block_bytes: usize,
+    buffers: &Arc<Buffers>,
+) {
+    for at in (from..bytes.len()).step_by(block_bytes).rev() {
         let mut block = buffers.gather(at as u64);
         block.fill(&bytes[at..]);
         part.write_block(at as u64, block).unwrap();
@@ -326,6 +338,37 @@ fn memory_of_a_part_that_is_given_up_is_free_again() {
     assert!(buffers.take(0).is_spare());
     write_blocks(&part, &bytes, BLOCK, &buffers);
     assert!(buffers.take(0).is_spare(), "held for nobody");
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_more_is_asked_for_than_the_hasher_keeps_up_with() {
+    const BLOCK: usize = 1 << 20;
+    let (_dir, store) = store();
+    let bytes = vec![7; 9 * BLOCK];
+    let file = remote("a", &bytes);
+    let buffers = Buffers::new(BLOCK, 99);
+    let part = mine(&store, &file);
+    let waits = async |part: &Part| {
+        let wait = tokio::time::timeout(Duration::from_millis(1), part.caught_up());
+        wait.await.is_err()
+    };
+    // Far ahead of the hasher is not what it could take.
+    write_blocks_from(&part, &bytes, 2 * BLOCK, BLOCK, &buffers);
+    assert!(!waits(&part).await);
+    part.write(0, &bytes[..BLOCK]).unwrap();
+    write_blocks_from(&part, &bytes[..2 * BLOCK], BLOCK, BLOCK, &buffers);
+    assert!(!waits(&part).await, "what is on disk does not count");
+    part.discard().unwrap();
+
+    let part = mine(&store, &file);
+    write_blocks_from(&part, &bytes, 0, BLOCK, &buffers);
+    assert!(waits(&part).await);
+    let hashing = std::thread::spawn({
+        let (part, verifier) = (Arc::clone(&part), Verifier::new(part.size(), file.claims));
+        move || part.hash(verifier).unwrap()
+    });
+    part.caught_up().await;
+    assert_eq!(hashing.join().unwrap(), Digest::of(&bytes));
 }
 
 #[test]

@@ -183,9 +183,9 @@ impl Backend {
                 .unwrap_or_default();
             anyhow::anyhow!("{}{hint}", Chain(&error))
         })?;
-        let sources = Arc::new(Origins::from_env()?);
-        let metrics = Arc::default();
         let tier = config.shared_config();
+        let sources = Arc::new(Origins::from_env(tier.is_some())?);
+        let metrics = Arc::default();
         let tier = tier.map(|config| SharedTier::new(config, Arc::clone(&metrics)));
         let fetcher = Fetcher::with_tier(
             Arc::clone(&store),

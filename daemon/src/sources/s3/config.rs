@@ -21,6 +21,9 @@ pub struct S3Config {
     /// Whether an uploader's word (`x-amz-meta-sha256`) is enough to reuse bytes that are here. It is for a user
     /// who owns the whole store; the owner of one bucket could have written the digest of another's model.
     pub believe_metadata: bool,
+    /// Whether each object is looked at before it is read, however many there are. What nobody has claimed anything about
+    /// is not shared with other nodes.
+    pub look_at_all: bool,
 }
 
 /// Who asks S3.

@@ -1,6 +1,8 @@
 //! One object: what S3 claims of its bytes, and the bytes.
 
+use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::OnceLock;
 
 use aws_sdk_s3::operation::get_object::GetObjectOutput;
 use aws_sdk_s3::operation::head_object::HeadObjectOutput;
@@ -28,6 +30,8 @@ pub(super) struct Object {
     /// The SHA-256 among the claims is one that S3 computed, not what an uploader wrote.
     pub(super) checked_by_s3: bool,
     pub(super) identity: Option<String>,
+    /// It was not looked at: what is claimed of it comes with its bytes.
+    pub(super) unseen: bool,
 }
 
 fn question(bucket: &Bucket, key: &str) -> Question {
@@ -70,25 +74,59 @@ pub(super) async fn look(bucket: &Bucket, listed: &Listed) -> Result<Object, Sou
         return Err(archived(question.what, &class));
     }
     let version = head.version_id().filter(|version| *version != "null");
+    let said = Said::from(&head);
+    Ok(Object {
+        claims: said.claims(&question.what)?,
+        checked_by_s3: said.whole_sha256().is_some(),
+        identity: identity(bucket, &key, &etag, version, listed.size).await?,
+        size: listed.size,
+        version: version.map(str::to_owned),
+        etag,
+        key,
+        unseen: false,
+    })
+}
+
+/// Takes an object as it was listed: what S3 knows of it besides comes with its bytes. `None` if its listing does not say
+/// which bytes it means.
+pub(super) async fn unseen(
+    bucket: &Bucket,
+    listed: &Listed,
+) -> Result<Option<Object>, SourceError> {
+    if listed.etag.is_empty() || is_weak(&listed.etag) || listed.size == 0 {
+        return Ok(None);
+    }
+    let key = format!("{}{}", bucket.prefix, listed.path);
+    Ok(Some(Object {
+        claims: Claims::default(),
+        checked_by_s3: false,
+        identity: identity(bucket, &key, &listed.etag, None, listed.size).await?,
+        size: listed.size,
+        version: None,
+        etag: listed.etag.clone(),
+        key,
+        unseen: true,
+    }))
+}
+
+/// What names these very bytes at S3. `None` if their ETag stands for more than these.
+async fn identity(
+    bucket: &Bucket,
+    key: &str,
+    etag: &str,
+    version: Option<&str>,
+    size: u64,
+) -> Result<Option<String>, SourceError> {
     let endpoint = bucket.connection().await?.endpoint.clone();
     let endpoint = endpoint.map_or_else(|| "aws".to_owned(), |url| url.to_string());
     let place = [
         endpoint.trim_end_matches('/'),
         &format!("{}/{key}", bucket.name),
     ];
-    let version_text = version.unwrap_or_default();
-    let texts = place.into_iter().chain([etag.as_str(), version_text]);
-    let identity = texts.map(|text| utf8_percent_encode(text, ODD).to_string());
-    let identity = identity.collect::<Vec<_>>().join(":");
-    Ok(Object {
-        claims: claims(&head, &question.what)?,
-        checked_by_s3: whole_sha256(&head).is_some(),
-        identity: (!is_weak(&etag)).then(|| format!("s3:{identity}:{}", listed.size)),
-        size: listed.size,
-        version: version.map(str::to_owned),
-        etag,
-        key,
-    })
+    let texts = place.into_iter().chain([etag, version.unwrap_or_default()]);
+    let texts = texts.map(|text| utf8_percent_encode(text, ODD).to_string());
+    let texts = texts.collect::<Vec<_>>().join(":");
+    Ok((!is_weak(etag)).then(|| format!("s3:{texts}:{size}")))
 }
 
 /// Reads one byte of an object that was listed: who may do that may read the rest. To look at its header
@@ -137,39 +175,73 @@ fn archive(head: &HeadObjectOutput) -> Option<String> {
     class.or_else(|| Some(head.archive_status()?.as_str().to_owned()))
 }
 
-/// What S3 says of the whole object's bytes.
-fn claims(head: &HeadObjectOutput, what: &str) -> Result<Claims, SourceError> {
-    let whole = |text: &&str| is_whole(head, text);
-    let sha256 = whole_sha256(head);
-    let metadata = head.metadata().and_then(|all| all.get("sha256"));
-    let metadata = metadata.and_then(|text| text.trim().to_lowercase().parse::<Digest>().ok());
-    if let (Some(checksum), Some(metadata)) = (sha256, metadata)
-        && checksum != metadata
-    {
-        return Err(SourceError::Invalid {
-            what: what.to_owned(),
-            detail: format!("its SHA-256 is {checksum}, its x-amz-meta-sha256 is {metadata}"),
-            hint: Some("upload it anew, or mend its metadata".to_owned()),
-        });
+/// What the header of an answer says of the object's bytes.
+struct Said<'a> {
+    sha256: Option<&'a str>,
+    crc64nvme: Option<&'a str>,
+    crc32c: Option<&'a str>,
+    kind: Option<&'a ChecksumType>,
+    metadata: Option<&'a HashMap<String, String>>,
+}
+
+impl<'a> From<&'a HeadObjectOutput> for Said<'a> {
+    fn from(head: &'a HeadObjectOutput) -> Self {
+        Self {
+            sha256: head.checksum_sha256(),
+            crc64nvme: head.checksum_crc64_nvme(),
+            crc32c: head.checksum_crc32_c(),
+            kind: head.checksum_type(),
+            metadata: head.metadata(),
+        }
     }
-    Ok(Claims {
-        sha256: sha256.or(metadata),
-        git_oid: None,
-        crc64nvme: bytes(head.checksum_crc64_nvme().filter(whole)).map(u64::from_be_bytes),
-        crc32c: bytes(head.checksum_crc32_c().filter(whole)).map(u32::from_be_bytes),
-    })
 }
 
-fn whole_sha256(head: &HeadObjectOutput) -> Option<Digest> {
-    let text = head.checksum_sha256().filter(|text| is_whole(head, text));
-    bytes(text).map(Digest::from_bytes)
+impl<'a> From<&'a GetObjectOutput> for Said<'a> {
+    fn from(answer: &'a GetObjectOutput) -> Self {
+        Self {
+            sha256: answer.checksum_sha256(),
+            crc64nvme: answer.checksum_crc64_nvme(),
+            crc32c: answer.checksum_crc32_c(),
+            kind: answer.checksum_type(),
+            metadata: answer.metadata(),
+        }
+    }
 }
 
-/// A checksum of the parts' checksums is of no use to us: its text ends in `-<parts>`.
-fn is_whole(head: &HeadObjectOutput, text: &str) -> bool {
-    match head.checksum_type() {
-        Some(kind) => *kind == ChecksumType::FullObject,
-        None => !text.contains('-'),
+impl Said<'_> {
+    fn claims(&self, what: &str) -> Result<Claims, SourceError> {
+        let whole = |text: &&str| self.is_whole(text);
+        let sha256 = self.whole_sha256();
+        let metadata = self.metadata.and_then(|all| all.get("sha256"));
+        let metadata = metadata.and_then(|text| text.trim().to_lowercase().parse::<Digest>().ok());
+        if let (Some(checksum), Some(metadata)) = (sha256, metadata)
+            && checksum != metadata
+        {
+            return Err(SourceError::Invalid {
+                what: what.to_owned(),
+                detail: format!("its SHA-256 is {checksum}, its x-amz-meta-sha256 is {metadata}"),
+                hint: Some("upload it anew, or mend its metadata".to_owned()),
+            });
+        }
+        Ok(Claims {
+            sha256: sha256.or(metadata),
+            git_oid: None,
+            crc64nvme: bytes(self.crc64nvme.filter(whole)).map(u64::from_be_bytes),
+            crc32c: bytes(self.crc32c.filter(whole)).map(u32::from_be_bytes),
+        })
+    }
+
+    fn whole_sha256(&self) -> Option<Digest> {
+        let text = self.sha256.filter(|text| self.is_whole(text));
+        bytes(text).map(Digest::from_bytes)
+    }
+
+    /// A checksum of the parts' checksums is of no use to us: its text ends in `-<parts>`.
+    fn is_whole(&self, text: &str) -> bool {
+        match self.kind {
+            Some(kind) => *kind == ChecksumType::FullObject,
+            None => !text.contains('-'),
+        }
     }
 }
 
@@ -177,28 +249,44 @@ fn bytes<const N: usize>(text: Option<&str>) -> Option<[u8; N]> {
     base64::decode(text?).ok()?.try_into().ok()
 }
 
-/// Reads `range` of these very bytes.
+/// Reads `range` of these very bytes, and tells what is claimed of them if it is all of them.
 pub(super) async fn read(
     bucket: &Bucket,
     object: &Object,
     range: Range<u64>,
+    told: Option<&OnceLock<Claims>>,
 ) -> Result<ByteStream, SourceError> {
     if range.is_empty() {
         return Ok(stream::empty().boxed());
     }
     let question = question(bucket, &object.key);
+    let whole = range == (0..object.size);
+    // S3 tells the checksums of an object with the whole of it, not with a range.
+    let tells = told.filter(|_| whole);
     let answer = bucket
         .ask(&question, async |connection| {
             let request = connection.ranges.get_object().bucket(&bucket.name);
             let request = request
                 .key(&object.key)
                 .set_version_id(object.version.clone())
-                .set_if_match(exact(&object.etag))
-                .range(format!("bytes={}-{}", range.start, range.end - 1));
+                .set_if_match(exact(&object.etag));
+            let request = match tells {
+                Some(_) => request.checksum_mode(ChecksumMode::Enabled),
+                None => request.range(format!("bytes={}-{}", range.start, range.end - 1)),
+            };
             request.send().await
         })
         .await?;
     check(&answer, object, &range, &question.what)?;
+    if let Some(told) = tells {
+        let claims = Said::from(&answer).claims(&question.what)?;
+        if *told.get_or_init(|| claims) != claims {
+            return Err(SourceError::Changed {
+                what: question.what,
+                detail: "it has other checksums than a moment ago".to_owned(),
+            });
+        }
+    }
     let rest = Rest {
         body: answer.body,
         bytes: range.end - range.start,

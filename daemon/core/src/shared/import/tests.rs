@@ -508,6 +508,7 @@ impl Source for Mute {
             claims,
             vouched: Vouched::BySource,
             xet_hash: None,
+            told: None,
         };
         let lfs = Claims {
             sha256: Some(Digest::of(&safetensors())),

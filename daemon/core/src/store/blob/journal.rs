@@ -125,6 +125,9 @@ impl Journal {
     }
 
     pub(super) fn remove(&self) -> io::Result<()> {
+        if self.file.is_none() {
+            return Ok(());
+        }
         remove_if_there(&self.path.with_extension("rewrite"))?;
         remove_if_there(&self.path)
     }

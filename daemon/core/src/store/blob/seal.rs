@@ -7,22 +7,26 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nix::libc::{SYNC_FILE_RANGE_WAIT_AFTER, SYNC_FILE_RANGE_WAIT_BEFORE};
 
 use super::super::evict::remove_if_there;
 use super::super::snapshot::Lease;
-use super::super::{At, Store, StoreError, claim, make_dirs, sync_parent};
+use super::super::{At, Store, StoreError, claim, link_in_folder, sync_parent};
 use super::Part;
 use crate::digest::Digest;
 use crate::fault;
 use crate::source::RemoteFile;
 
 /// As many files or more are synced together with whatever else the file system has not written yet. It may hold
-/// gigabytes of others, such as an image that is being unpacked: the few small files of most models do not wait for those.
-const TOGETHER: usize = 32;
+/// gigabytes of others, such as an image that is being unpacked: a handful of files does not wait for those. No more
+/// than that, for while each is synced by itself, no more than these may come, and so for thousands of files.
+const TOGETHER: usize = 8;
+
+/// Threads that name the files of a batch: what the file system does for one keeps none of the others waiting.
+const THREADS: usize = 4;
 
 /// Bytes that were hashed, and are what their source claims.
 pub struct Checked {
@@ -42,26 +46,50 @@ impl Lease {
     /// [`StoreError::Io`] for each file that could not be sealed.
     pub fn seal(&self, checked: &[Checked]) -> Vec<Result<(), StoreError>> {
         let together = checked.len() >= TOGETHER && self.store().sync_file_system().is_ok();
-        let named: Vec<_> = checked
-            .iter()
-            .map(|Checked { part, digest, file }| {
-                part.sync(together)?;
-                part.name(self, *digest, file)
-            })
-            .collect();
+        let named = each(checked, |Checked { part, digest, file }| {
+            part.sync(together)?;
+            part.name(self, *digest, file)
+        });
         let kept = together && self.store().sync_file_system().is_ok();
-        let ends = checked.iter().zip(named).map(|(one, named)| {
-            let blob = named?;
+        let named: Vec<_> = checked.iter().zip(named).collect();
+        let end = |part: &Part, blob: &Path| {
             if !kept {
-                sync_parent(&blob).at("sync the folder of", &blob)?;
+                sync_parent(blob).at("sync the folder of", blob)?;
             }
             fault::point("seal.renamed");
-            one.part.remove_files()?;
+            part.remove_files()?;
             fault::point("seal.unjournaled");
             Ok(())
+        };
+        let ended = each(&named, |(one, named)| match named {
+            Ok(blob) => end(&one.part, blob),
+            Err(_) => Ok(()),
         });
-        ends.collect()
+        let outcomes = named.into_iter().zip(ended);
+        outcomes
+            .map(|((_, named), ended)| named.and(ended))
+            .collect()
     }
+}
+
+/// Does `work` for each of `all`, in their order, on a few threads if there are many.
+fn each<T: Sync, R: Send>(all: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    if all.len() < TOGETHER {
+        return all.iter().map(work).collect();
+    }
+    let share = all.len().div_ceil(THREADS);
+    std::thread::scope(|scope| {
+        let work = &work;
+        let shares = all.chunks(share);
+        let threads: Vec<_> = shares
+            .map(|share| scope.spawn(move || share.iter().map(work).collect::<Vec<R>>()))
+            .collect();
+        let done = threads.into_iter().flat_map(|thread| {
+            let done = thread.join();
+            done.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        });
+        done.collect()
+    })
 }
 
 impl Part {
@@ -94,7 +122,6 @@ impl Part {
             .at("protect", &self.path)?;
         fault::point("seal.synced");
         let blob = store.blob_path(digest);
-        make_dirs(blob.parent().unwrap_or(store.root())).at("create the folder of", &blob)?;
         store.set_aside_other_length(digest, self.size)?;
         let _shared = store.lock_shared()?;
         let linked = lease.link(&self.path, &file.path)?;
@@ -109,7 +136,7 @@ impl Part {
         if let Some(identity) = &file.identity {
             store.remember(identity, digest)?;
         }
-        match fs::hard_link(&linked, &blob) {
+        match link_in_folder(&linked, &blob) {
             // Somebody had the same bytes under another key.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 lease.link(&blob, &file.path)?;

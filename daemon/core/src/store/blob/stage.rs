@@ -10,6 +10,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Condvar, Mutex};
 
 use nix::fcntl::{FallocateFlags, OFlag};
+use tokio::sync::Notify;
 
 use super::super::collect::remove_journal;
 use super::super::evict::remove_if_there;
@@ -287,6 +288,7 @@ impl Claim {
             resumed,
             state: Mutex::new(state),
             grown: Condvar::new(),
+            got_on: Notify::new(),
             arrived: AtomicU64::new(0),
         }))
     }

@@ -1,5 +1,6 @@
 //! The bytes of the objects that were listed, and never those of others.
 
+use weightd_core::digest::Claims;
 use weightd_standin::{Fault, FaultKind};
 
 use super::*;
@@ -254,4 +255,101 @@ async fn many_ranges_are_read_at_once_over_connections_that_stay() {
         "{}",
         s3.max_concurrent_requests()
     );
+}
+
+/// A server with more small objects than are looked at, and a large one, under `s3://models/many`.
+async fn many() -> S3Server {
+    let s3 = S3Server::start(weightd_standin::S3Config::default().page_size(1000))
+        .await
+        .unwrap();
+    for number in 0..=FEW {
+        let key = format!("many/{number:03}.json");
+        s3.put("models", &key, number.to_string(), PutOptions::default());
+    }
+    let large = vec![7; usize::try_from(SMALL_BYTES).unwrap() + 1];
+    s3.put("models", "many/large.bin", large, PutOptions::default());
+    s3
+}
+
+fn looks(s3: &S3Server) -> usize {
+    let requests = s3.requests();
+    let heads = requests.iter().filter(|request| request.method == "HEAD");
+    heads.count()
+}
+
+fn everything() -> Patterns {
+    Patterns::new(vec!["*".to_owned()], vec![]).unwrap()
+}
+
+async fn list_all(source: &S3Source) -> Vec<RemoteFile> {
+    let revision = source.resolve().await.unwrap();
+    source.list(&revision, &everything()).await.unwrap().files
+}
+
+#[tokio::test]
+async fn of_many_small_objects_each_tells_its_checksum_when_it_is_read() {
+    let s3 = many().await;
+    let source = open(&s3, "s3://models/many");
+
+    let files = list_all(&source).await;
+
+    assert_eq!(looks(&s3), 1, "the large one");
+    let large = file(&files, "large.bin");
+    assert!(large.told.is_none() && large.claims.crc64nvme.is_some());
+    let small = file(&files, "100.json");
+    assert_eq!(
+        (small.claims, small.all_claims()),
+        (Claims::default(), None)
+    );
+    assert!(small.identity.is_some());
+    assert_eq!(bytes(&source, small, 1..3).await.unwrap(), b"00");
+    assert_eq!(small.all_claims(), None, "S3 tells it with the whole only");
+    assert_eq!(bytes(&source, small, 0..3).await.unwrap(), b"100");
+    let told = small.all_claims().expect("told");
+    let crc = crc_fast::checksum(crc_fast::CrcAlgorithm::Crc64Nvme, b"100");
+    assert_eq!(told.crc64nvme, Some(crc));
+}
+
+#[tokio::test]
+async fn all_objects_are_looked_at_where_what_is_claimed_of_them_is_needed_before() {
+    let s3 = many().await;
+    let config = S3Config {
+        look_at_all: true,
+        ..config(&s3)
+    };
+    let source = S3Source::new(clients(), config, "s3://models/many".parse().unwrap());
+
+    let files = list_all(&source).await;
+
+    assert_eq!(looks(&s3), FEW + 2);
+    assert!(files.iter().all(|file| file.all_claims().is_some()));
+}
+
+#[tokio::test]
+async fn a_small_object_that_was_not_looked_at_is_read_only_as_it_was_listed() {
+    let s3 = many().await;
+    let source = open(&s3, "s3://models/many");
+    let files = list_all(&source).await;
+    s3.put("models", "many/100.json", "new", PutOptions::default());
+
+    let read = bytes(&source, file(&files, "100.json"), 0..3).await;
+
+    assert!(matches!(read, Err(SourceError::Changed { .. })), "{read:?}");
+}
+
+#[tokio::test]
+async fn a_checksum_that_is_told_and_wrong_is_for_the_verifier() {
+    let s3 = many().await;
+    let wrong = PutOptions {
+        claimed_checksum: Some("AAAAAAAAAAA=".to_owned()),
+        ..PutOptions::default()
+    };
+    s3.put("models", "many/100.json", "100", wrong);
+    let source = open(&s3, "s3://models/many");
+    let files = list_all(&source).await;
+    let small = file(&files, "100.json");
+
+    assert_eq!(bytes(&source, small, 0..3).await.unwrap(), b"100");
+
+    assert_eq!(small.all_claims().unwrap().crc64nvme, Some(0));
 }
