@@ -5,10 +5,11 @@
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// What direct I/O asks of addresses, offsets and lengths: 4 KiB.
+/// Of addresses, offsets and lengths in direct I/O: 64 KiB, the largest page that a kernel has. No page is then written
+/// both through the page cache and past it, where one might undo the other.
 ///
-/// Source: open(2), "O_DIRECT": the logical block size of the disk, which no disk has larger.
-pub(crate) const ALIGNMENT: usize = 4 << 10;
+/// Source: open(2), "O_DIRECT", asks for less: the logical block size of the disk.
+pub(crate) const ALIGNMENT: usize = 64 << 10;
 
 /// Blocks that are kept while none is in use: small files take and give back one each, thousands of times.
 const KEPT: usize = 8;

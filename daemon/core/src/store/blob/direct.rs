@@ -38,8 +38,8 @@ impl Direct {
         Some(Self { file, refused })
     }
 
-    /// Writes `bytes` from byte `at` on: all that is aligned, and what is left of the last page with `cached`, the
-    /// same file through the page cache. False if they are not for direct I/O, and some may be written or none.
+    /// Writes `bytes` from byte `at` on: all that is aligned, and what is left at the end with `cached`, the same file
+    /// through the page cache. False if they are not for direct I/O, and some may be written or none.
     pub(super) fn write(&self, cached: &File, bytes: &[u8], at: u64) -> io::Result<bool> {
         let whole = self.whole(bytes, at);
         if whole == 0 {
