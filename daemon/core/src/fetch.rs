@@ -29,6 +29,7 @@ mod bring;
 mod check;
 mod pace;
 mod parts;
+mod patience;
 mod plan;
 mod progress;
 mod seal;

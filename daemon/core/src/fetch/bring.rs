@@ -10,6 +10,7 @@ use tokio::sync::SemaphorePermit;
 use tokio::time::Instant;
 
 use super::parts::{self, Origin, PartsError};
+use super::patience::pause;
 use super::progress::{FileMeter, Phase};
 use super::seal::Sealer;
 use super::share::Share;
@@ -167,7 +168,7 @@ impl Fetcher {
                 return Err(job.source_error(error));
             };
             let again = failures < self.shared.limits.attempts;
-            let pause = parts::pause(failures, *retry_after).filter(|_| again);
+            let pause = pause(failures, *retry_after).filter(|_| again);
             let Some(pause) = pause else {
                 return Err(job.source_error(error));
             };
