@@ -14,6 +14,26 @@ pub fn raise_file_limit() {
     }
 }
 
+/// Keeps up to 32 MiB of freed memory for the next who asks: the buffers of connections come and go all the time, and memory
+/// that goes back to the system in between costs a page fault for each of its pages.
+#[cfg(target_env = "gnu")]
+#[allow(unsafe_code, reason = "no crate wraps mallopt")]
+pub fn keep_freed_memory() {
+    use nix::libc::{M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, mallopt};
+
+    const KEPT: i32 = 32 << 20;
+    // SAFETY: it changes numbers of the allocator, under its own lock.
+    let set =
+        unsafe { mallopt(M_TRIM_THRESHOLD, KEPT) != 0 && mallopt(M_MMAP_THRESHOLD, KEPT) != 0 };
+    if !set {
+        tracing::debug!("freed memory goes back to the system as ever");
+    }
+}
+
+/// Other allocators decide by themselves what they keep.
+#[cfg(not(target_env = "gnu"))]
+pub fn keep_freed_memory() {}
+
 /// SIGTERM and SIGINT, which mean the same here. From now on they are caught.
 pub struct Signals {
     terminate: Signal,

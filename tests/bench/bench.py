@@ -26,7 +26,7 @@ def arguments():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--gigabytes", type=float, default=4.0, help="of the large models")
     parser.add_argument("--snapshots", type=int, default=store.SNAPSHOTS, help="in the store of the case startup")
-    parser.add_argument("--dir", type=Path, help="on the disk to be measured (default: target/bench)")
+    parser.add_argument("--dir", type=lambda text: Path(text).resolve(), help="on the disk to be measured (default: target/bench)")
     parser.add_argument("--data", type=Path, default=Path("/dev/shm"), help="in memory: what the origin serves")
     parser.add_argument("--json", type=Path, help="write all figures there")
     parser.add_argument("--binaries", type=Path, help="directory of our binaries (default: build a release)")

@@ -15,7 +15,7 @@ use serde_json::Value;
 use weightd_standin::{Fault, FaultKind, Hub, Origin};
 
 use super::crash::{MIB, Model, hub, sound};
-use super::harness::{Ran, Running, Sandbox, run, tree, wait_until};
+use super::harness::{Ran, Running, Sandbox, everything, run, tree, wait_until};
 
 /// Set in the process that has the namespaces.
 const INSIDE: &str = "WEIGHTD_E2E_NAMESPACE";
@@ -408,7 +408,7 @@ fn a_directory_that_holds_something_else_is_refused_and_left_alone() {
             "hint: choose an empty or a new directory",
         ],
     );
-    let left = tree(&sandbox.root());
+    let left = everything(&sandbox.root());
     assert_eq!(left, [("thesis.txt".to_owned(), b"years of work".to_vec())]);
     assert_eq!(
         fs::metadata(sandbox.root()).expect("metadata").mtime(),

@@ -13,7 +13,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::Value;
 use weightd_standin::{Hub, HubConfig};
 
-use super::harness::{Ran, Running, Sandbox, run, tree, wait_until};
+use super::harness::{Ran, Running, Sandbox, everything, run, wait_until};
 
 const SECRET: &str = "hf_doNotShowThisToken";
 
@@ -120,7 +120,7 @@ fn a_store_of_ones_own_is_well() {
     fs::write(model.join("config.json"), "{}").expect("a file");
     let source = format!("file://{}", model.display());
     node.sandbox.run(&[], &["prefetch", &source]).json();
-    let before = tree(&node.sandbox.root());
+    let before = everything(&node.sandbox.root());
 
     let report = node.of_store();
 
@@ -137,7 +137,7 @@ fn a_store_of_ones_own_is_well() {
         assert_eq!(report.level(check), "ok", "{}", report.finding(check));
     }
     assert_eq!(
-        tree(&node.sandbox.root()),
+        everything(&node.sandbox.root()),
         before,
         "a probe was left behind"
     );

@@ -170,6 +170,17 @@ pub(crate) fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
 /// All regular files below `dir`: relative path and bytes, sorted. Fails on anything else, symlinks too.
 #[track_caller]
 pub(crate) fn tree(dir: &Path) -> Vec<(String, Vec<u8>)> {
+    let files = everything(dir);
+    for (name, _) in &files {
+        let path = dir.join(name);
+        assert!(!path.is_symlink(), "{} is no plain file", path.display());
+    }
+    files
+}
+
+/// What [`tree`] finds in a store: there symlinks stand for short records, and their targets are the bytes.
+#[track_caller]
+pub(crate) fn everything(dir: &Path) -> Vec<(String, Vec<u8>)> {
     fn walk(dir: &Path, base: &Path, files: &mut Vec<(String, Vec<u8>)>) {
         for entry in fs::read_dir(dir).expect("a directory") {
             let path = entry.expect("an entry").path();
@@ -178,14 +189,19 @@ pub(crate) fn tree(dir: &Path) -> Vec<(String, Vec<u8>)> {
                 walk(&path, base, files);
                 continue;
             }
-            assert!(kind.is_file(), "{} is no plain file", path.display());
-            let name = path
-                .strip_prefix(base)
-                .expect("below")
-                .to_str()
-                .expect("UTF-8")
-                .to_owned();
-            files.push((name, fs::read(&path).expect("readable")));
+            let name = path.strip_prefix(base).expect("below");
+            let name = name.to_str().expect("UTF-8").to_owned();
+            let bytes = match kind.is_symlink() {
+                true => {
+                    let target = fs::read_link(&path).expect("readable");
+                    target.into_os_string().into_encoded_bytes()
+                }
+                false => {
+                    assert!(kind.is_file(), "{} is no plain file", path.display());
+                    fs::read(&path).expect("readable")
+                }
+            };
+            files.push((name, bytes));
         }
     }
     let mut files = Vec::new();

@@ -8,7 +8,7 @@ use weightd_standin::{
     Fault, FaultKind, File, Files, Gated, Hub, HubConfig, Origin, Pattern, Repo, generate,
 };
 
-use super::harness::{Ran, Running, Sandbox, assert_sound, run, tree, wait_until};
+use super::harness::{Ran, Running, Sandbox, assert_sound, everything, run, tree, wait_until};
 
 struct Place {
     hub: Hub,
@@ -651,7 +651,7 @@ fn tokens_and_signed_addresses_appear_in_no_log_error_or_file() {
     for secret in [token, "Signature=", "Policy=", "Key-Pair-Id="] {
         let line = said.lines().find(|line| line.contains(secret));
         assert_eq!(line, None, "`{secret}` was said");
-        for (path, bytes) in tree(&place.sandbox.root()) {
+        for (path, bytes) in everything(&place.sandbox.root()) {
             let found = bytes
                 .windows(secret.len())
                 .any(|window| window == secret.as_bytes());

@@ -6,7 +6,7 @@ use serde_json::Value;
 use weightd_standin::s3::{Checksum, PutOptions, S3Config, S3Server};
 use weightd_standin::{Fault, FaultKind, Files, Hub, HubConfig, Repo, generate};
 
-use super::harness::{Sandbox, assert_sound, tree};
+use super::harness::{Sandbox, assert_sound, everything, tree};
 
 struct Bucket {
     server: S3Server,
@@ -365,7 +365,7 @@ fn keys_appear_in_no_log_error_or_file() {
         !said.contains(&secret) && !said.contains("Signature="),
         "{said}"
     );
-    for (path, bytes) in tree(&bucket.sandbox.root()) {
+    for (path, bytes) in everything(&bucket.sandbox.root()) {
         let found = bytes
             .windows(secret.len())
             .any(|window| window == secret.as_bytes());

@@ -17,16 +17,18 @@ const KEPT: usize = 8;
 /// Memory in blocks of one size. All but a few blocks go back to the system once none is in use.
 #[derive(Debug)]
 pub(crate) struct Buffers {
-    block_bytes: usize,
-    /// So many blocks may be in use before [`Buffer::is_spare`] says that they are too many.
-    most: usize,
+    /// So many bytes may be in use before [`Buffer::is_spare`] says that they are too many.
+    most_bytes: usize,
     blocks: Mutex<Blocks>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Blocks {
+    /// Of a block that is taken next.
+    block_bytes: usize,
+    /// All of that size.
     free: Vec<Memory>,
-    in_use: usize,
+    in_use_bytes: usize,
 }
 
 /// A block of memory that begins at a multiple of [`ALIGNMENT`].
@@ -42,6 +44,10 @@ impl Memory {
         let start = bytes.as_ptr().align_offset(ALIGNMENT);
         Self { bytes, start }
     }
+
+    fn length(&self) -> usize {
+        self.bytes.len() - ALIGNMENT
+    }
 }
 
 /// The memory of one block. Dropping it gives it back.
@@ -56,25 +62,36 @@ pub(crate) struct Buffer {
 impl Buffers {
     /// Blocks of `block_bytes`, of which `most` are plenty.
     pub(crate) fn new(block_bytes: usize, most: usize) -> Arc<Self> {
-        let blocks = Mutex::default();
         Arc::new(Self {
-            block_bytes,
-            most,
-            blocks,
+            most_bytes: block_bytes.saturating_mul(most),
+            blocks: Mutex::new(Blocks {
+                block_bytes,
+                free: Vec::new(),
+                in_use_bytes: 0,
+            }),
         })
+    }
+
+    /// Makes the blocks that are taken from now on so long. Others go back to the system once they are not in use.
+    pub(crate) fn resize(&self, block_bytes: usize) {
+        let mut blocks = self.blocks();
+        if blocks.block_bytes != block_bytes {
+            blocks.block_bytes = block_bytes;
+            blocks.free = Vec::new();
+        }
     }
 
     /// Memory for `length` bytes, at most a block. What is in it is left of others.
     pub(crate) fn take(self: &Arc<Self>, length: usize) -> Buffer {
-        assert!(length <= self.block_bytes, "no more than a block");
-        let free = {
+        let (room, free) = {
             let mut blocks = self.blocks();
-            blocks.in_use += 1;
-            blocks.free.pop()
+            assert!(length <= blocks.block_bytes, "no more than a block");
+            blocks.in_use_bytes += blocks.block_bytes;
+            (blocks.block_bytes, blocks.free.pop())
         };
         Buffer {
-            memory: free.unwrap_or_else(|| Memory::new(self.block_bytes)),
-            room: self.block_bytes,
+            memory: free.unwrap_or_else(|| Memory::new(room)),
+            room,
             length,
             buffers: Arc::clone(self),
         }
@@ -83,7 +100,7 @@ impl Buffers {
     /// Memory to gather the bytes of a file from byte `at` on. It is full where the file's next block begins.
     pub(crate) fn gather(self: &Arc<Self>, at: u64) -> Buffer {
         let mut buffer = self.take(0);
-        let before = at % self.block_bytes as u64;
+        let before = at % buffer.room as u64;
         buffer.room -= usize::try_from(before).expect("less than a block");
         buffer
     }
@@ -109,7 +126,7 @@ impl Buffer {
 
     /// Whether others have memory enough without this.
     pub(crate) fn is_spare(&self) -> bool {
-        self.buffers.blocks().in_use <= self.buffers.most
+        self.buffers.blocks().in_use_bytes <= self.buffers.most_bytes
     }
 }
 
@@ -137,9 +154,11 @@ impl Drop for Buffer {
     fn drop(&mut self) {
         let memory = std::mem::take(&mut self.memory);
         let mut blocks = self.buffers.blocks();
-        blocks.free.push(memory);
-        blocks.in_use -= 1;
-        if blocks.in_use == 0 {
+        blocks.in_use_bytes -= memory.length();
+        if memory.length() == blocks.block_bytes {
+            blocks.free.push(memory);
+        }
+        if blocks.in_use_bytes == 0 {
             blocks.free.truncate(KEPT);
             blocks.free.shrink_to_fit();
         }
@@ -188,6 +207,24 @@ mod tests {
         assert!(!second.is_spare());
         drop(third);
         assert!(first.is_spare());
+    }
+
+    #[test]
+    fn blocks_of_another_size_count_and_are_not_used_again() {
+        let buffers = Buffers::new(8, 2);
+        let (old, kept) = (buffers.take(8), buffers.take(8));
+        drop(old);
+        buffers.resize(4);
+        assert!(buffers.blocks().free.is_empty());
+        let new: Vec<_> = (0..2).map(|_| buffers.take(4)).collect();
+        assert_eq!(buffers.gather(7).fill(b"abcde"), 1);
+        assert!(kept.is_spare());
+        let more = buffers.take(4);
+        assert!(!more.is_spare());
+        drop(kept);
+        assert!(more.is_spare());
+        drop((new, more));
+        assert!(buffers.blocks().free.iter().all(|free| free.length() == 4));
     }
 
     #[test]

@@ -16,6 +16,7 @@ pub const POINTS: &[&str] = &[
     "part.journaled",
     "journal.written",
     "journal.renamed",
+    "seal.written",
     "seal.synced",
     "seal.linked",
     "seal.renamed",

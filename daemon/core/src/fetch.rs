@@ -27,11 +27,13 @@ use crate::store::{FetchRecord, Snapshot, Store, StoreError};
 
 mod bring;
 mod check;
+mod file;
 mod pace;
 mod parts;
 mod patience;
 mod plan;
 mod progress;
+mod room;
 mod seal;
 mod share;
 #[cfg(test)]
@@ -56,12 +58,13 @@ pub type FetchRequest = FetchRecord;
 /// for that of the files.
 #[derive(Debug, Clone, Copy)]
 pub struct FetchLimits {
-    /// Ranged reads at once, at the most: there are fewer while more would bring no more.
+    /// Ranged reads at once, at the most: there are fewer while more would bring no more, or processor time is short.
     pub connections: usize,
     /// Bytes that may have arrived and wait to be written or hashed, of all fetches together. Blocks beyond that go through
     /// the page cache instead.
     pub memory_bytes: u64,
-    /// Bytes of one ranged read: 8 MiB.
+    /// Bytes of one ranged read, at most: 8 MiB. Where a file has many at once they are shorter, so that what they bring has
+    /// room in memory.
     ///
     /// Source: Amazon S3 whitepaper, "Use byte-range fetches", which advises 8 or 16 MB.
     pub part_bytes: u64,

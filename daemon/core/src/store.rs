@@ -13,7 +13,7 @@
 //!   refs/<scheme>/<name>/<revision asked>
 //!   pins/<kind>/<holder>/<snapshot id>
 //!   volumes/csi/<name>/               a mounted tree that is no snapshot's own
-//!   known/<aa>/<64 hex>               an origin's name for some bytes → their digest
+//!   known/<aa>/<64 hex>               an origin's name for some bytes → their digest: a symlink to its text
 //!   fetches/<64 hex>.json             fetches under way, to be resumed
 //!   rates/<scheme>                    bytes per second that a kind of source served
 //!   damaged/…                         blobs whose bytes went bad, set aside
@@ -61,7 +61,7 @@ mod tests;
 mod verify;
 mod volume;
 
-pub use blob::{Checked, Claim, Claimed, HashError, Part, StageKey, Watch};
+pub use blob::{Checked, Claim, Claimed, HashError, Part, StageKey, Unsealed, Watch};
 pub use collect::{Collected, Partial};
 pub use evict::{Room, RoomPlan, Usage};
 pub use pin::{Holder, HolderError};
@@ -309,13 +309,23 @@ fn make_dirs(path: &Path) -> io::Result<()> {
 
 /// Gives a file a second name, in a folder that is made if it is not there.
 fn link_in_folder(from: &Path, to: &Path) -> io::Result<()> {
-    match fs::hard_link(from, to) {
+    in_folder(to, || fs::hard_link(from, to))
+}
+
+/// Makes a symlink to `target`, in a folder that is made if it is not there.
+fn symlink_in_folder(target: &str, path: &Path) -> io::Result<()> {
+    in_folder(path, || std::os::unix::fs::symlink(target, path))
+}
+
+/// Makes the entry `path`, and the folder for it if that is not there.
+fn in_folder<T>(path: &Path, make: impl Fn() -> io::Result<T>) -> io::Result<T> {
+    match make() {
+        // Not before each: thousands of entries have few folders.
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            // Not before each link: thousands of files have few folders.
-            make_dirs(to.parent().unwrap_or(to))?;
-            fs::hard_link(from, to)
+            make_dirs(path.parent().unwrap_or(path))?;
+            make()
         }
-        linked => linked,
+        made => made,
     }
 }
 
@@ -333,24 +343,30 @@ fn write_atomically(path: &Path, bytes: &[u8]) -> io::Result<()> {
 }
 
 fn write_whole(path: &Path, bytes: &[u8], survives: Survives) -> io::Result<()> {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(format!(".{}", uuid::Uuid::new_v4()));
-    let temporary = path.with_file_name(name);
-    let written = File::create(&temporary).and_then(|mut file| {
+    with_temporary(path, |temporary| {
+        let mut file = File::create(temporary)?;
         file.write_all(bytes)?;
-        if survives == Survives::PowerLoss {
-            file.sync_data()?;
+        match survives {
+            Survives::PowerLoss => file.sync_data(),
+            Survives::ThisProcess => Ok(()),
         }
-        fs::rename(&temporary, path)
-    });
-    if let Err(error) = written {
-        let _ = fs::remove_file(&temporary);
-        return Err(error);
-    }
+    })?;
     match survives {
         Survives::PowerLoss => sync_parent(path),
         Survives::ThisProcess => Ok(()),
     }
+}
+
+/// Makes an entry under another name, and then puts it in the place of `path`.
+fn with_temporary(path: &Path, make: impl FnOnce(&Path) -> io::Result<()>) -> io::Result<()> {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".{}", uuid::Uuid::new_v4()));
+    let temporary = path.with_file_name(name);
+    let made = make(&temporary).and_then(|()| fs::rename(&temporary, path));
+    if made.is_err() {
+        let _ = fs::remove_file(&temporary);
+    }
+    made
 }
 
 /// Makes the names in the directory of `path` survive a power loss.

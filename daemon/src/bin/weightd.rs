@@ -143,6 +143,7 @@ fn program<F: Future<Output = Result<(), Failure>>>(
     }
     telemetry::start(config.log.format, &config.log.level);
     process::raise_file_limit();
+    process::keep_freed_memory();
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {

@@ -29,7 +29,7 @@ settings! {
     "store.selinux_label" = "": "SELinux label that the daemon gives to the store, so that pods may read it, such as \"system_u:object_r:container_file_t:s0\"; unset: what its directory has";
     "fetch.connections" = "64": "Most ranged reads at once, of all fetches together; fewer go while more bring no more, or the origin pushes back";
     "fetch.memory" = "\"48MiB\"": "Bytes that may have arrived and wait to be written or hashed, of all fetches together";
-    "fetch.part" = "\"8MiB\"": "Bytes of one ranged read";
+    "fetch.part" = "\"8MiB\"": "Bytes of one ranged read, at most: where a file has many at once they are shorter, so that what they bring has room in memory";
     "fetch.files_in_flight" = "8": "Large files worked on at once, of one fetch, and four times as many of all together; each is hashed by one core";
     "fetch.attempts" = "6": "Tries of one read or question that bring nothing";
     "fetch.stall_timeout" = "\"15s\"": "Replace a connection over which nothing arrives for so long";

@@ -1,43 +1,26 @@
 //! One fetch, from the name that was typed to the published snapshot.
 
-use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, SystemTime};
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::SystemTime;
 
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
-use tokio::sync::SemaphorePermit;
-use tokio::time::Instant;
 
-use super::parts::{self, Origin, PartsError};
+use super::file::{MANY, OneFile, is_little, link_if_here};
+use super::parts::Origin;
 use super::patience::pause;
-use super::progress::{FileMeter, Phase};
+use super::progress::Phase;
+use super::room::Reserved;
 use super::seal::Sealer;
-use super::share::Share;
 use super::{FetchError, Fetched, Fetcher, FileTurns, Job, check};
 use crate::blocking;
-use crate::digest::{ClaimMismatch, Digest};
 use crate::errors::Chain;
 use crate::manifest::{FileEntry, Manifest};
 use crate::model::{Patterns, RelPath, Revision, SnapshotId};
 use crate::shared::{KeptLease, SharedSnapshot, is_shareable};
 use crate::source::{LeftOut, Listing, RemoteFile, Source, SourceError};
-use crate::store::{
-    Checked, Claimed, FetchRecord, HashError, Lease, Part, Room, Snapshot, SnapshotLease, StageKey,
-    Store, StoreError, Watch,
-};
-
-/// How often we look whether somebody else is done with the same bytes.
-const LOOK: Duration = Duration::from_millis(100);
-
-/// How often a file whose bytes prove wrong is fetched in all.
-const WRONG_BYTES: u32 = 2;
-
-/// How often it is brought with the help of the shared tier, if bytes from there were among them.
-const WRONG_SHARED: u32 = 2;
-
-/// How often a file is staged anew because the disk lost bytes of an earlier run.
-const TORN: u32 = 3;
+use crate::store::{FetchRecord, Lease, Snapshot, SnapshotLease, StageKey, Store, StoreError};
 
 impl Fetcher {
     /// Brings the snapshot that `job` asks for.
@@ -300,8 +283,7 @@ impl Fetcher {
                 "evicted to make room"
             );
         }
-        let taken = Mutex::default();
-        Ok(Arc::new(Reserved { room, taken }))
+        Ok(Arc::new(Reserved::new(room)))
     }
 
     async fn fetch_files(
@@ -321,7 +303,8 @@ impl Fetcher {
         };
         // Of its own, too: the files of this fetch must not stand in line before those of all others.
         let own = FileTurns::of_one(&self.shared.limits);
-        let sealer = Sealer::new(lease);
+        let sealer = Sealer::new(lease, room);
+        let many = missing.iter().filter(|file| is_little(file)).count() > MANY;
         let mut fetches: FuturesUnordered<_> = missing
             .into_iter()
             .map(|file| {
@@ -333,6 +316,7 @@ impl Fetcher {
                     room,
                     sealer: &sealer,
                     own: &own,
+                    many,
                 };
                 one.fetch()
             })
@@ -418,285 +402,6 @@ fn shared_keys(files: &[Arc<RemoteFile>]) -> HashMap<RelPath, StageKey> {
     shared
         .map(|file| (file.path.clone(), StageKey::of(file)))
         .collect()
-}
-
-/// Links a file into the lease if its bytes are here.
-fn link_if_here(
-    store: &Store,
-    lease: &Lease,
-    file: &RemoteFile,
-) -> Result<Option<FileEntry>, StoreError> {
-    let Some((digest, believed)) = store.digest_of(file)? else {
-        return Ok(None);
-    };
-    let here = lease.add(digest, file.size, &file.path)?;
-    Ok(here.then(|| FileEntry {
-        believed,
-        ..entry(file, digest)
-    }))
-}
-
-fn entry(file: &RemoteFile, sha256: Digest) -> FileEntry {
-    FileEntry {
-        path: file.path.clone(),
-        size: file.size,
-        sha256,
-        git_oid: file.claims.git_oid,
-        xet_hash: file.xet_hash.clone(),
-        believed: false,
-    }
-}
-
-/// How work on a missing file begins.
-enum Begun {
-    /// Whoever had the claim before has sealed the bytes.
-    Here(FileEntry),
-    Mine(Arc<Part>),
-    Theirs(Watch),
-}
-
-/// Claims a file's bytes and readies the file that they are written to. With `room`, it has its room from there.
-fn begin(
-    store: &Store,
-    lease: &Lease,
-    file: &RemoteFile,
-    room: Option<&Arc<Reserved>>,
-) -> Result<Begun, StoreError> {
-    let claim = match store.claim(&StageKey::of(file))? {
-        Claimed::Mine(claim) => claim,
-        Claimed::Theirs(watch) => return Ok(Begun::Theirs(watch)),
-    };
-    // Looked up with the claim in hand: whoever had it before may have sealed the bytes.
-    if let Some(entry) = link_if_here(store, lease, file)? {
-        return Ok(Begun::Here(entry));
-    }
-    if let Some(room) = room {
-        room.take(store, file);
-    }
-    claim.stage(store, file.size).map(Begun::Mine)
-}
-
-/// The room for the missing files of a fetch.
-struct Reserved {
-    room: Room,
-    /// What has taken its room: files with the same bytes have one room between them.
-    taken: Mutex<HashSet<StageKey>>,
-}
-
-impl Reserved {
-    /// Gives back the room of a file that is staged next: no more than was reserved, for the rest is room for
-    /// other files.
-    fn take(&self, store: &Store, file: &RemoteFile) {
-        let key = StageKey::of(file);
-        let staged = store.staged_bytes(&key);
-        let mut taken = self.taken.lock().expect("no holder of this lock panics");
-        if taken.insert(key) {
-            self.room.take(file.size.saturating_sub(staged));
-        }
-    }
-}
-
-/// One missing file of a fetch.
-struct OneFile<'a> {
-    job: &'a Job,
-    origin: &'a Origin,
-    file: Arc<RemoteFile>,
-    lease: &'a Arc<Lease>,
-    room: &'a Arc<Reserved>,
-    sealer: &'a Sealer,
-    own: &'a FileTurns,
-}
-
-/// A file's turn, of its own fetch and of all together.
-type Turns<'a> = (SemaphorePermit<'a>, SemaphorePermit<'a>);
-
-/// What came of one try at a file.
-enum Tried {
-    Here(FileEntry),
-    /// So many bytes of an earlier run.
-    Torn(u64),
-    Wrong(ClaimMismatch),
-    /// Some of the bytes came from the shared tier, where they are set aside now.
-    WrongShared(ClaimMismatch),
-}
-
-impl OneFile<'_> {
-    async fn fetch(self) -> Result<FileEntry, FetchError> {
-        let meter = self.job.meter.file();
-        let (mut wrong, mut torn, mut wrong_shared) = (0, 0, 0);
-        loop {
-            let first = wrong + torn + wrong_shared == 0;
-            // After that alone: it must not go on like this.
-            let alone = wrong > 0 || wrong_shared >= WRONG_SHARED;
-            match self.try_once(&meter, first, alone).await? {
-                Tried::Here(entry) => {
-                    meter.set(entry.size);
-                    return Ok(entry);
-                }
-                Tried::Torn(bytes) => {
-                    torn += 1;
-                    meter.lost(bytes);
-                }
-                Tried::WrongShared(source) => {
-                    wrong_shared += 1;
-                    meter.found(0);
-                    tracing::warn!(path = %self.file.path, error = %Chain(&source), "wrong bytes, some of them from the shared tier");
-                }
-                Tried::Wrong(source) => {
-                    wrong += 1;
-                    meter.found(0);
-                    self.origin.shared.metrics.mismatched(self.origin.scheme);
-                    let path = self.file.path.clone();
-                    tracing::warn!(%path, error = %Chain(&source), wrong, "wrong bytes, fetching the file again");
-                    if wrong >= WRONG_BYTES {
-                        let model = self.job.request.model.clone();
-                        return Err(FetchError::Mismatch {
-                            model,
-                            path,
-                            source,
-                        });
-                    }
-                }
-            }
-            if torn >= TORN {
-                let detail = "the disk keeps losing bytes that were written".to_owned();
-                let source = std::io::Error::other(detail);
-                let path = self.file.path.as_str().into();
-                return Err(self.job.store_error(StoreError::Io {
-                    op: "stage",
-                    path,
-                    source,
-                }));
-            }
-        }
-    }
-
-    /// `first` says that the file has not taken its room yet, `alone` that the shared tier is not to help.
-    async fn try_once(
-        &self,
-        meter: &FileMeter<'_>,
-        first: bool,
-        alone: bool,
-    ) -> Result<Tried, FetchError> {
-        let (part, turns) = loop {
-            let own = self.own.acquire(self.file.size).await;
-            let turn = self.origin.shared.turns.acquire(self.file.size).await;
-            let room = Arc::clone(self.room);
-            let begin = move |store: &Store, lease: &Lease, file: &RemoteFile| {
-                begin(store, lease, file, first.then_some(&room))
-            };
-            match self.on_store(begin).await? {
-                Begun::Here(entry) => {
-                    meter.found(entry.size);
-                    return Ok(Tried::Here(entry));
-                }
-                Begun::Mine(part) => break (part, (own, turn)),
-                Begun::Theirs(watch) => {
-                    // It hashes nothing, and what it waits for may take as long as its origin is away.
-                    drop(turn);
-                    self.follow(watch, meter).await?;
-                }
-            }
-        };
-        match first {
-            true => meter.found(part.present()),
-            // Some of it this fetch itself has brought.
-            false => meter.set(part.present()),
-        }
-        let share = Share::open(self.origin.shared.tier.as_ref(), &self.file).await;
-        self.download(part, share.as_ref(), alone, meter, turns)
-            .await
-    }
-
-    async fn download(
-        &self,
-        part: Arc<Part>,
-        share: Option<&Share>,
-        alone: bool,
-        meter: &FileMeter<'_>,
-        turns: Turns<'_>,
-    ) -> Result<Tried, FetchError> {
-        let begun = Instant::now();
-        let helped = share.filter(|_| !alone);
-        match parts::download(self.origin, &self.file, &part, meter, helped).await {
-            Ok(digest) => {
-                let hashed = Instant::now();
-                self.seal(&part, digest, turns).await?;
-                if let Some(share) = share {
-                    share.finish(&part);
-                }
-                let (path, bytes) = (&self.file.path, self.file.size);
-                let hashed_s = (hashed - begun).as_secs_f64();
-                let sealed_s = hashed.elapsed().as_secs_f64();
-                tracing::debug!(%path, bytes, %digest, hashed_s, sealed_s, "blob sealed");
-                Ok(Tried::Here(entry(&self.file, digest)))
-            }
-            Err(PartsError::Hash(HashError::Torn { bytes })) => {
-                tracing::warn!(path = %self.file.path, bytes, "bytes of an earlier run are damaged, fetching them again");
-                Ok(Tried::Torn(bytes))
-            }
-            Err(PartsError::Hash(HashError::Mismatch(mismatch))) => {
-                self.on_store(move |_, _, _| part.discard()).await?;
-                match helped {
-                    Some(share) if share.is_to_blame().await => Ok(Tried::WrongShared(mismatch)),
-                    _ => Ok(Tried::Wrong(mismatch)),
-                }
-            }
-            Err(PartsError::Hash(HashError::Store(error))) => Err(self.job.store_error(error)),
-            Err(PartsError::Hash(HashError::Closed)) => Err(self.job.stopped()),
-            Err(PartsError::Source(error)) => Err(self.job.source_error(error)),
-        }
-    }
-
-    async fn seal(
-        &self,
-        part: &Arc<Part>,
-        digest: Digest,
-        turns: Turns<'_>,
-    ) -> Result<(), FetchError> {
-        let checked = Checked {
-            part: Arc::clone(part),
-            digest,
-            file: Arc::clone(&self.file),
-        };
-        let sealed = match self.origin.shared.limits.is_small(self.file.size) {
-            true => {
-                // Others may come meanwhile: the more wait to be sealed together, the less each costs.
-                drop(turns);
-                self.sealer.together(checked).await
-            }
-            false => self.sealer.alone(checked).await,
-        };
-        sealed.map_err(|error| self.job.store_error(error))
-    }
-
-    /// Waits while somebody else works on the same bytes.
-    async fn follow(&self, watch: Watch, meter: &FileMeter<'_>) -> Result<(), FetchError> {
-        let _waits = self.job.meter.waits().others();
-        let watch = Arc::new(watch);
-        loop {
-            tokio::time::sleep(LOOK).await;
-            let look = Arc::clone(&watch);
-            let (over, bytes) = self
-                .on_store(move |_, _, _| Ok((look.over()?, look.bytes())))
-                .await?;
-            if over {
-                return Ok(());
-            }
-            meter.set(bytes.min(self.file.size));
-        }
-    }
-
-    async fn on_store<T: Send + 'static>(
-        &self,
-        work: impl FnOnce(&Store, &Lease, &RemoteFile) -> Result<T, StoreError> + Send + 'static,
-    ) -> Result<T, FetchError> {
-        let (lease, file) = (Arc::clone(self.lease), Arc::clone(&self.file));
-        let store = &self.origin.shared.store;
-        self.job
-            .on_store(store, move |store| work(store, &lease, &file))
-            .await
-    }
 }
 
 #[cfg(test)]

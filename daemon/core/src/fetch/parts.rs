@@ -66,9 +66,6 @@ impl Origin {
     }
 }
 
-/// A file no larger is hashed where it arrived, in less time than it takes to hand it to another thread: 64 KiB.
-const HASHED_AT_ONCE: u64 = 64 << 10;
-
 /// Stops the hasher when the download is given up, also by being dropped.
 struct CloseOnDrop<'a>(&'a Part);
 
@@ -124,11 +121,7 @@ pub(super) async fn download(
         }
         meter.set(part.present());
         let claims = file.all_claims().ok_or_else(|| untold(file))?;
-        let hash = hash(claims);
-        let hashed = match file.size <= HASHED_AT_ONCE {
-            true => hash(),
-            false => blocking::run(hash).await,
-        };
+        let hashed = blocking::run(hash(claims)).await;
         return hashed.map_err(PartsError::Hash);
     }
     let mut hashing = tokio::spawn(blocking::run(hash(file.claims)));
@@ -144,6 +137,32 @@ pub(super) async fn download(
     };
     let digest = digest.expect("hashing neither panics nor is cancelled");
     digest.map_err(PartsError::Hash)
+}
+
+/// Brings a file that fits in memory, and its digest.
+pub(super) async fn gather(
+    origin: &Origin,
+    file: &Arc<RemoteFile>,
+) -> Result<(Vec<u8>, Digest), PartsError> {
+    let bytes = usize::try_from(file.size).expect("it fits in memory");
+    let sink = Sink::Memory(Vec::with_capacity(bytes));
+    let mut range = Ranged::of(origin, file, sink, 0..file.size);
+    let connection = Connection::new(&origin.shared).await;
+    match range.bring(connection).await {
+        Err(PartsError::Source(SourceError::NoRanges { .. })) => {
+            range.from_start = true;
+            range.bring(Connection::new(&origin.shared).await).await?;
+        }
+        brought => brought?,
+    }
+    let Sink::Memory(bytes) = range.sink else {
+        unreachable!("it was made above");
+    };
+    let claims = file.all_claims().ok_or_else(|| untold(file))?;
+    let mut verifier = Verifier::new(file.size, claims);
+    verifier.update(&bytes);
+    let digest = verifier.finish().map_err(HashError::Mismatch);
+    Ok((bytes, digest.map_err(PartsError::Hash)?))
 }
 
 /// A source that did not keep its word.
@@ -171,25 +190,31 @@ async fn fetch_ranges(
     file: &Arc<RemoteFile>,
     part: &Arc<Part>,
 ) -> Result<(), PartsError> {
-    let mut ranges = split(part.missing(), origin.shared.limits.part_bytes);
+    let mut missing = VecDeque::from(part.missing());
     let mut under_way = JoinSet::new();
-    let most = origin.shared.limits.connections;
+    let limits = &origin.shared.limits;
     // Kept across turns of the loop, so that this file keeps its place among those that wait.
     let connection = || async {
         // The hasher of a small file begins when all of it is here.
-        if !origin.shared.limits.is_small(file.size) {
+        if !limits.is_small(file.size) {
             part.caught_up().await;
         }
         Connection::new(&origin.shared).await
     };
     let mut next = std::pin::pin!(connection());
-    while !(ranges.is_empty() && under_way.is_empty()) {
+    while !(missing.is_empty() && under_way.is_empty()) {
         tokio::select! {
             // A range that pauses holds no connection, but is under way: while the origin is away not
             // all ranges should ask for it in turn.
-            connected = &mut next, if !ranges.is_empty() && under_way.len() < most => {
+            connected = &mut next, if !missing.is_empty() && under_way.len() < limits.connections => {
                 next.set(connection());
-                let range = ranges.pop_front().expect("guarded above");
+                let bytes = match (limits.is_small(file.size), under_way.len()) {
+                    (true, _) => file.size,
+                    // It is hashed as it comes.
+                    (false, 0) => limits.part_bytes,
+                    (false, _) => limits.range_bytes(origin.shared.width.now()),
+                };
+                let range = cut(&mut missing, bytes).expect("guarded above");
                 under_way.spawn(Ranged::new(origin, file, part, range).fetch(connected));
             }
             Some(ended) = under_way.join_next() => {
@@ -198,6 +223,18 @@ async fn fetch_ranges(
         }
     }
     Ok(())
+}
+
+/// Takes the first range, up to the next multiple of `bytes`.
+fn cut(ranges: &mut VecDeque<Range<u64>>, bytes: u64) -> Option<Range<u64>> {
+    let first = ranges.front_mut()?;
+    let end = (first.start / bytes + 1) * bytes;
+    if end >= first.end {
+        return ranges.pop_front();
+    }
+    let range = first.start..end;
+    first.start = end;
+    Some(range)
 }
 
 /// Cuts ranges into pieces of `part_bytes`, at multiples of it.
@@ -214,16 +251,25 @@ pub(super) fn split(missing: Vec<Range<u64>>, part_bytes: u64) -> VecDeque<Range
     pieces
 }
 
+/// A range is no shorter, for each waits for its first byte: 2 MiB.
+const LEAST_RANGE: u64 = 2 << 20;
+
 /// Connections of a range that are replaced for crawling, one after the other.
 const CRAWLS: u32 = 2;
+
+/// Where bytes go that arrive.
+pub(super) enum Sink {
+    Part(Arc<Part>),
+    Memory(Vec<u8>),
+}
 
 /// One range of one file, read over one connection at a time.
 pub(super) struct Ranged {
     origin: Origin,
     file: Arc<RemoteFile>,
-    part: Arc<Part>,
+    sink: Sink,
     range: Range<u64>,
-    /// The first byte that is not on disk.
+    /// The first byte that is not in the sink.
     at: u64,
     /// The origin serves the file only from its first byte on: what is here is read and dropped.
     from_start: bool,
@@ -253,12 +299,16 @@ impl Ranged {
         part: &Arc<Part>,
         range: Range<u64>,
     ) -> Self {
+        Self::of(origin, file, Sink::Part(Arc::clone(part)), range)
+    }
+
+    fn of(origin: &Origin, file: &Arc<RemoteFile>, sink: Sink, range: Range<u64>) -> Self {
         let at = range.start;
-        let (origin, file, part) = (origin.clone(), Arc::clone(file), Arc::clone(part));
+        let (origin, file) = (origin.clone(), Arc::clone(file));
         Self {
             origin,
             file,
-            part,
+            sink,
             range,
             at,
             from_start: false,
@@ -268,6 +318,10 @@ impl Ranged {
 
     /// Reads the range to its end, over as many connections as that takes.
     pub(super) async fn fetch(mut self, first: Connection) -> Result<(), PartsError> {
+        self.bring(first).await
+    }
+
+    async fn bring(&mut self, first: Connection) -> Result<(), PartsError> {
         let shared = Arc::clone(&self.origin.shared);
         let _under_way = shared.tier.as_ref().map(|tier| tier.rates().origin.begin());
         let mut connection = Some(first);
@@ -284,8 +338,10 @@ impl Ranged {
             drop(connected);
             self.pause(ended, &mut patience).await?;
         }
-        if !self.origin.shared.limits.is_small(self.file.size) {
-            let (part, range) = (Arc::clone(&self.part), self.range.clone());
+        if let Sink::Part(part) = &self.sink
+            && !self.origin.shared.limits.is_small(self.file.size)
+        {
+            let (part, range) = (Arc::clone(part), self.range.clone());
             blocking::run(move || part.start_write_back(range)).await;
         }
         Ok(())
@@ -371,9 +427,13 @@ impl Ranged {
             Err(error) => return Err(Ended::Source(error)),
         };
         let mut runner = self.origin.pace.runner();
-        let mut block = self.origin.shared.buffers.gather(self.at);
+        let mut block = None;
         let ended = loop {
-            if self.at + block.len() as u64 == self.range.end {
+            let gathered = block
+                .as_ref()
+                .map_or(0, |block: &Buffer| block.len() as u64);
+            let left = self.range.end - self.at - gathered;
+            if left == 0 {
                 break Ok(());
             }
             let Ok(next) = tokio::time::timeout(limits.stall_timeout, stream.next()).await else {
@@ -385,11 +445,12 @@ impl Ranged {
                 None => break Err(Ended::Cut),
             };
             self.origin.count(bytes.len() as u64);
-            self.part.count_arrived(bytes.len() as u64);
+            if let Sink::Part(part) = &self.sink {
+                part.count_arrived(bytes.len() as u64);
+            }
             let gait = runner.count(bytes.len() as u64);
             let dropped = skip.min(bytes.len() as u64);
             skip -= dropped;
-            let left = self.range.end - self.at - block.len() as u64;
             bytes.advance(usize::try_from(dropped).expect("no longer than the bytes"));
             bytes.truncate(usize::try_from(left).unwrap_or(usize::MAX));
             let begun = Instant::now();
@@ -410,7 +471,9 @@ impl Ranged {
             self.crawls = 0;
         }
         // What arrived is kept, however the connection ended: the next one reads on from there.
-        self.write(block).await?;
+        if let Some(block) = block {
+            self.write(block).await?;
+        }
         ended
     }
 
@@ -418,25 +481,44 @@ impl Ranged {
     ///
     /// They are let go of before more are read, so that the connection reads into the same memory again: new memory
     /// for each read would cost more than a copy.
-    async fn take(&mut self, mut bytes: Bytes, mut block: Buffer) -> Result<Buffer, StoreError> {
+    async fn take(
+        &mut self,
+        mut bytes: Bytes,
+        block: Option<Buffer>,
+    ) -> Result<Option<Buffer>, StoreError> {
+        if let Sink::Memory(held) = &mut self.sink {
+            held.extend_from_slice(&bytes);
+            self.at += bytes.len() as u64;
+            return Ok(None);
+        }
+        let mut gathered = block;
         while !bytes.is_empty() {
+            let mut block = match gathered.take() {
+                Some(block) => block,
+                None => self.origin.shared.gather(self.at),
+            };
             bytes.advance(block.fill(&bytes));
             if block.is_full() {
                 self.write(block).await?;
-                block = self.origin.shared.buffers.gather(self.at);
+            } else {
+                gathered = Some(block);
             }
         }
-        Ok(block)
+        Ok(gathered)
     }
 
     /// Writes what follows the bytes that are on disk.
     async fn write(&mut self, block: Buffer) -> Result<(), StoreError> {
-        if block.is_empty() {
-            return Ok(());
-        }
-        let (part, at, bytes) = (Arc::clone(&self.part), self.at, block.len() as u64);
-        blocking::run(move || part.write_block(at, block)).await?;
+        let Sink::Part(part) = &self.sink else {
+            unreachable!("bytes in memory are not gathered");
+        };
+        let (at, bytes, writing) = (self.at, block.len() as u64, Arc::clone(part));
+        blocking::run(move || writing.write_block(at, block)).await?;
         self.at += bytes;
+        // A smaller file is hashed when all of it is here.
+        if !self.origin.shared.limits.is_small(self.file.size) {
+            part.caught_up().await;
+        }
         Ok(())
     }
 }
@@ -464,24 +546,45 @@ impl Drop for Connection {
     }
 }
 
+impl Shared {
+    /// Memory to gather the bytes of a file from byte `at` on.
+    fn gather(&self, at: u64) -> Buffer {
+        let block = self.limits.block_bytes(self.width.now());
+        self.buffers
+            .resize(usize::try_from(block).expect("at most 1 MiB"));
+        self.buffers.gather(at)
+    }
+}
+
 impl FetchLimits {
     /// Whether a file of `bytes` comes in one range.
     pub(super) fn is_small(&self, bytes: u64) -> bool {
         bytes <= self.part_bytes
     }
 
-    /// Bytes that a connection gathers before they are written. All connections together gather in half of the
-    /// memory; in the other half are blocks that wait to be hashed.
-    pub(super) fn block_bytes(&self) -> u64 {
-        let bytes = self.memory_bytes / (2 * self.connections as u64);
+    /// Bytes that a connection gathers before they are written, while there are so many reads at once: the more, the less
+    /// often the disk is asked, and other threads are. All connections together gather in a quarter of the memory, and write
+    /// from another; in the rest are blocks that wait to be hashed.
+    pub(super) fn block_bytes(&self, reads: usize) -> u64 {
+        let bytes = self.memory_bytes / (4 * reads as u64);
         bytes.clamp(64 << 10, 1 << 20) & !(ALIGNMENT as u64 - 1)
+    }
+
+    /// Bytes of one read of a file while there are so many at once. What all of them bring must have room in memory: before
+    /// the last byte of the first one has come, the others are nearly done, and all wait to be hashed. A quarter is for what
+    /// is gathered and written.
+    fn range_bytes(&self, reads: usize) -> u64 {
+        let memory = self.memory_bytes - self.memory_bytes / 4;
+        let bytes = (memory / reads as u64).max(LEAST_RANGE);
+        let bytes = bytes.min(self.part_bytes);
+        bytes - bytes % self.block_bytes(reads).min(bytes)
     }
 
     /// Memory for the blocks of all connections.
     pub(super) fn buffers(&self) -> Arc<Buffers> {
-        let blocks = self.memory_bytes / self.block_bytes();
+        let block = self.block_bytes(1);
         let bounded = |number| usize::try_from(number).unwrap_or(usize::MAX);
-        Buffers::new(bounded(self.block_bytes()), bounded(blocks))
+        Buffers::new(bounded(block), bounded(self.memory_bytes / block))
     }
 }
 
@@ -503,6 +606,30 @@ mod tests {
     fn ranges_are_cut_at_multiples_of_a_part() {
         assert_eq!(split(vec![3..5, 8..25], 10), [3..5, 8..10, 10..20, 20..25]);
         assert!(split(vec![], 10).is_empty());
+    }
+
+    #[test]
+    fn a_range_is_cut_from_the_first_of_what_is_missing() {
+        let mut missing = VecDeque::from([3..5, 8..25]);
+        let cut = std::iter::from_fn(|| cut(&mut missing, 10));
+        assert_eq!(cut.collect::<Vec<_>>(), [3..5, 8..10, 10..20, 20..25]);
+    }
+
+    #[test]
+    fn the_ranges_of_all_reads_fit_in_memory() {
+        let limits = FetchLimits::default();
+        for (reads, bytes) in [(1, 8 << 20), (4, 8 << 20), (8, 9 << 19), (16, 9 << 18)] {
+            let block = limits.block_bytes(reads);
+            let range = limits.range_bytes(reads);
+            assert!(range <= bytes && range > bytes - block, "{reads}: {range}");
+            assert_eq!(range % block, 0, "{reads}");
+        }
+        assert!(limits.range_bytes(64) > LEAST_RANGE - limits.block_bytes(64));
+        let parts = FetchLimits {
+            part_bytes: 100,
+            ..limits
+        };
+        assert_eq!(parts.range_bytes(1), 100);
     }
 
     const SIZE: u64 = 4 << 20;

@@ -37,7 +37,7 @@ impl Patience {
 
     /// Counts a connection that ended at byte `at`; returns how many did since a block came whole.
     pub(super) fn failed(&mut self, at: u64, limits: &FetchLimits) -> u32 {
-        if at - self.mark >= limits.block_bytes() {
+        if at - self.mark >= limits.block_bytes(limits.connections) {
             *self = Self::new(at);
         } else if at > self.at {
             // On a slow link a block takes minutes: an outage begins with the last byte, not with it.

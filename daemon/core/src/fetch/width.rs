@@ -4,6 +4,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeValLike;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
@@ -20,6 +22,16 @@ const WORTH: f64 = 0.2;
 /// When more reads brought nothing, others are tried only after this time.
 const STEADY: Duration = Duration::from_secs(10);
 
+/// The share of all cores that this process may use if more reads are to be tried. With less to spare they only wait for
+/// each other, whatever a window's rate says: the time that a machine takes away for others moves it by far more.
+const AMPLE: f64 = 0.5;
+
+/// With this share in use, reads beyond the first ones are given up: they do no more than fill the memory.
+const SHORT: f64 = 0.75;
+
+/// When processor time was short, more reads are tried only after this time.
+const BUSY: Duration = Duration::from_secs(1);
+
 /// An origin that pushes back is heard once in this time: all reads under way hear of the same trouble.
 const DEAF: Duration = Duration::from_secs(1);
 
@@ -27,6 +39,7 @@ const DEAF: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(super) struct Width {
     most: usize,
+    processor: Processor,
     permits: Arc<Semaphore>,
     /// Bytes that arrived in this window.
     bytes: AtomicU64,
@@ -39,8 +52,33 @@ struct State {
     /// Permits that are to be taken away once their reads end.
     surplus: usize,
     window: Instant,
+    /// Processor time when it began.
+    spent: Duration,
     trial: Trial,
     deaf_until: Instant,
+}
+
+/// What this process may compute with.
+#[derive(Debug)]
+struct Processor {
+    cores: usize,
+    /// What it has taken, of all cores together.
+    spent: fn() -> Duration,
+}
+
+impl Processor {
+    fn of_this_process() -> Self {
+        // As many as its control group lets it use.
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let spent = || {
+            let Ok(usage) = getrusage(UsageWho::RUSAGE_SELF) else {
+                return Duration::ZERO;
+            };
+            let micros = (usage.user_time() + usage.system_time()).num_microseconds();
+            Duration::from_micros(u64::try_from(micros).unwrap_or(0))
+        };
+        Self { cores, spent }
+    }
 }
 
 /// What the next window is for.
@@ -63,15 +101,22 @@ pub(super) struct Place {
 impl Width {
     /// At most `most` reads at once.
     pub(super) fn new(most: usize) -> Arc<Self> {
+        Self::on(Processor::of_this_process(), most)
+    }
+
+    fn on(processor: Processor, most: usize) -> Arc<Self> {
         let now = FIRST.min(most);
+        let spent = (processor.spent)();
         Arc::new(Self {
             most,
+            processor,
             permits: Arc::new(Semaphore::new(now)),
             bytes: AtomicU64::new(0),
             state: Mutex::new(State {
                 now,
                 surplus: 0,
                 window: Instant::now(),
+                spent,
                 trial: Trial::Starting {
                     before: 0.0,
                     from: now,
@@ -88,6 +133,11 @@ impl Width {
             permit: Some(permit.expect("nobody closes it")),
             width: Arc::clone(self),
         }
+    }
+
+    /// How many reads may go at once now.
+    pub(super) fn now(&self) -> usize {
+        self.state().now
     }
 
     /// Counts bytes that arrived.
@@ -120,6 +170,9 @@ impl Width {
         }
         state.window = Instant::now();
         let bytes = self.bytes.swap(0, Ordering::Relaxed);
+        let spent = (self.processor.spent)();
+        let busy = spent.saturating_sub(std::mem::replace(&mut state.spent, spent));
+        let share = busy.as_secs_f64() / elapsed.as_secs_f64() / self.processor.cores as f64;
         if elapsed > 10 * WINDOW {
             // Nothing was to be read meanwhile.
             return;
@@ -128,6 +181,17 @@ impl Width {
         // Reads that could go and do not are no reason for more of them.
         let wanted = self.permits.available_permits() == 0;
         match state.trial {
+            _ if share > SHORT && state.now > FIRST => {
+                let fewer = (state.now / 2).max(FIRST);
+                self.set(state, fewer);
+                let until = Instant::now() + BUSY;
+                state.trial = Trial::Steady { until };
+                tracing::debug!(
+                    reads = fewer,
+                    share,
+                    "no processor time for more reads at once"
+                );
+            }
             Trial::Starting { before, from } => state.trial = Trial::Judging { before, from },
             Trial::Judging { before, from } if rate < worth_it(before, from, state.now) => {
                 self.set(state, from);
@@ -135,8 +199,12 @@ impl Width {
                 state.trial = Trial::Steady { until };
                 tracing::debug!(reads = from, "more reads at once bring no more");
             }
+            Trial::Judging { .. } if share > AMPLE => {
+                let until = Instant::now() + BUSY;
+                state.trial = Trial::Steady { until };
+            }
             Trial::Judging { .. } if wanted => self.widen(state, rate, 2 * state.now),
-            Trial::Steady { until } if wanted && Instant::now() >= until => {
+            Trial::Steady { until } if wanted && share <= AMPLE && Instant::now() >= until => {
                 self.widen(state, rate, state.now + state.now.div_ceil(2));
             }
             Trial::Judging { .. } | Trial::Steady { .. } => {}
@@ -283,6 +351,47 @@ mod tests {
         }
 
         assert_eq!(width.state().now, FIRST);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn without_processor_time_to_spare_there_are_no_more() {
+        use std::cell::Cell;
+        thread_local! {
+            static SPENT: Cell<Duration> = const { Cell::new(Duration::ZERO) };
+        }
+        let processor = Processor {
+            cores: 4,
+            spent: || SPENT.get(),
+        };
+        let width = Width::on(processor, 64);
+        let path = Path {
+            connections: 1000,
+            bytes: 1 << 20,
+        };
+        let windows = async |cores: u32, windows| {
+            let mut widths = Vec::new();
+            for _ in 0..windows {
+                SPENT.set(SPENT.get() + cores * WINDOW);
+                widths.extend(read(&width, &path, 1).await);
+            }
+            widths
+        };
+
+        let busy = windows(3, 20).await;
+        assert_eq!(busy, [FIRST; 20]);
+        let idle = windows(1, 40).await;
+        assert_eq!(idle.last(), Some(&64), "{idle:?}");
+        let busy = windows(4, 10).await;
+        assert_eq!(busy.last(), Some(&FIRST), "{busy:?}");
+    }
+
+    #[test]
+    fn processor_time_passes_while_this_process_computes() {
+        let processor = Processor::of_this_process();
+        let before = (processor.spent)();
+        while (processor.spent)() == before {
+            std::hint::spin_loop();
+        }
     }
 
     #[tokio::test]

@@ -1,8 +1,10 @@
 //! Blobs in the making: writing, hashing and sealing.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -27,7 +29,7 @@ mod seal;
 mod stage;
 
 pub use self::hash::HashError;
-pub use self::seal::Checked;
+pub use self::seal::{Checked, Unsealed};
 pub use self::stage::{Claim, Claimed, StageKey, Watch};
 pub(super) use self::stage::{can_resume, preallocate};
 
@@ -38,8 +40,9 @@ pub(super) use self::stage::{can_resume, preallocate};
 /// writes of 32 KiB, 0.27 to 1.71 s in writes of 128 KiB.
 const WRITE_BYTES: usize = 32 << 10;
 
-/// Bytes in memory that a hasher may be behind before no more are asked for: 4 MiB, which it takes in some milliseconds.
-const BACKLOG_BYTES: u64 = 4 << 20;
+/// Bytes in memory that a hasher may be behind before no more are taken: 2 MiB, which it does in some milliseconds, and
+/// which are still in the processor's cache then.
+const BACKLOG_BYTES: u64 = 2 << 20;
 
 /// The bytes of one blob in flight, claimed for this process until it is dropped.
 #[derive(Debug)]
@@ -231,8 +234,8 @@ impl Part {
             let inside = |at: u64| usize::try_from(at - offset).expect("within the block");
             let bytes = &block[inside(hole.start)..inside(hole.end)];
             self.write_cached(bytes, hole.start)?;
-            let crc = self.checksum_of(&hole, bytes);
-            self.wrote(hole, crc, None)?;
+            let checksum = self.checksum_of(&hole, bytes);
+            self.wrote(hole, checksum, None)?;
         }
         Ok(())
     }
@@ -264,8 +267,8 @@ impl Part {
         {
             self.write_cached(&block, offset)?;
         }
-        let crc = self.checksum_of(&range, &block);
-        self.wrote(range, crc, Some(block))
+        let checksum = self.checksum_of(&range, &block);
+        self.wrote(range, checksum, Some(block))
     }
 
     fn write_cached(&self, bytes: &[u8], offset: u64) -> Result<(), StoreError> {
@@ -300,13 +303,13 @@ impl Part {
     fn wrote(
         &self,
         range: Range<u64>,
-        crc: Option<u64>,
+        checksum: Option<u64>,
         block: Option<Buffer>,
     ) -> Result<(), StoreError> {
         fault::point("part.written");
-        if let Some(crc) = crc {
+        if let Some(checksum) = checksum {
             let range = range.clone();
-            self.note(Record { range, crc })?;
+            self.note(Record { range, checksum })?;
         }
         let mut state = self.state();
         // Nobody hashes what was given up.
@@ -320,7 +323,7 @@ impl Part {
     /// What the journal says of these bytes. Nothing if they are the whole file: it is hashed next, and to go on with it
     /// would save nothing.
     fn checksum_of(&self, range: &Range<u64>, bytes: &[u8]) -> Option<u64> {
-        (*range != (0..self.size)).then(|| checksum([bytes]))
+        (*range != (0..self.size)).then(|| checksum(bytes))
     }
 
     /// Appends to the journal.
@@ -343,22 +346,7 @@ impl Part {
     /// Starts to write `range` back to the disk, so that little is left to sync at the end.
     pub fn start_write_back(&self, range: Range<u64>) {
         // A hint: where a file system does not know it, the sync in `seal` does all the work.
-        let _ = self.sync_file_range(range, nix::libc::SYNC_FILE_RANGE_WRITE);
-    }
-
-    #[allow(unsafe_code, reason = "no crate wraps sync_file_range")]
-    fn sync_file_range(&self, range: Range<u64>, flags: u32) -> io::Result<()> {
-        use std::os::fd::AsRawFd;
-        let (Ok(offset), Ok(length)) =
-            (range.start.try_into(), (range.end - range.start).try_into())
-        else {
-            return Err(io::ErrorKind::FileTooLarge.into());
-        };
-        // SAFETY: the descriptor is open, and the call touches no memory of ours.
-        match unsafe { nix::libc::sync_file_range(self.file.as_raw_fd(), offset, length, flags) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
-        }
+        let _ = sync_file_range(&self.file, range, nix::libc::SYNC_FILE_RANGE_WRITE);
     }
 
     /// Gives up: [`Part::hash`] returns. The bytes stay for whoever claims them next.
@@ -391,6 +379,19 @@ impl Part {
         let journal = self.journal.lock().expect("no holder of this lock panics");
         journal.remove().at("remove the journal of", &self.path)?;
         remove_if_there(&self.path)
+    }
+}
+
+#[allow(unsafe_code, reason = "no crate wraps sync_file_range")]
+fn sync_file_range(file: &File, range: Range<u64>, flags: u32) -> io::Result<()> {
+    let (Ok(offset), Ok(length)) = (range.start.try_into(), (range.end - range.start).try_into())
+    else {
+        return Err(io::ErrorKind::FileTooLarge.into());
+    };
+    // SAFETY: the descriptor is open, and the call touches no memory of ours.
+    match unsafe { nix::libc::sync_file_range(file.as_raw_fd(), offset, length, flags) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 
@@ -448,7 +449,7 @@ mod tests {
     #[test]
     fn an_unreadable_block_of_an_earlier_run_is_struck_off() {
         let dir = tempfile::tempdir().unwrap();
-        let records = [0..5, 5..10].map(|range| Record { range, crc: 7 });
+        let records = [0..5, 5..10].map(|range| Record { range, checksum: 7 });
         let part = unreadable(dir.path(), records.to_vec());
 
         let hashed = part.hash(Verifier::new(10, Claims::default()));
@@ -482,11 +483,11 @@ mod tests {
         fs::write(&path, [1; 10]).unwrap();
         let sound = Record {
             range: 0..5,
-            crc: checksum([&[1; 5][..]]),
+            checksum: checksum(&[1; 5]),
         };
         let torn = Record {
             range: 5..10,
-            crc: 7,
+            checksum: 7,
         };
         let part = part(
             path.clone(),
@@ -509,7 +510,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let record = Record {
             range: 0..5,
-            crc: 7,
+            checksum: 7,
         };
         let part = unreadable(dir.path(), vec![record]);
         part.close();
@@ -556,7 +557,7 @@ mod tests {
 
         let lease = store.lease().unwrap();
         let sealed = lease.seal(&[Checked {
-            part: Arc::new(part),
+            bytes: Unsealed::Staged(Arc::new(part)),
             digest: Digest::of(b""),
             file: Arc::new(file),
         }]);

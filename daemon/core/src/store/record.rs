@@ -4,16 +4,23 @@
 use std::collections::HashSet;
 use std::fs;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::evict::{look, remove_if_there};
 use super::pin::Holder;
-use super::{At, Store, StoreError, Survives, entries, make_dirs, write_whole};
+use super::{
+    At, Store, StoreError, Survives, entries, make_dirs, symlink_in_folder, with_temporary,
+    write_whole,
+};
 use crate::digest::Digest;
 use crate::fault;
 use crate::model::{ModelRef, Patterns, Revision, Scheme, SnapshotId};
@@ -80,6 +87,25 @@ fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, StoreError> 
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error).at("read", path),
     }
+}
+
+/// What a symlink that stands for `digest` leads to, which is no file: the shortest text of it. One of up to 59 bytes lies
+/// in the inode, so that it costs one change of the file system, where a file costs three.
+fn known_target(digest: Digest) -> String {
+    URL_SAFE_NO_PAD.encode(digest.as_bytes())
+}
+
+fn read_known(path: &Path) -> Result<Option<Digest>, StoreError> {
+    let target = match fs::read_link(path) {
+        Ok(target) => target,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        // Not a symlink: a file, as earlier versions wrote.
+        Err(error) if error.kind() == io::ErrorKind::InvalidInput => return read_json(path),
+        Err(error) => return Err(error).at("read", path),
+    };
+    let bytes = URL_SAFE_NO_PAD.decode(target.as_os_str().as_bytes()).ok();
+    let bytes = bytes.and_then(|bytes| bytes.try_into().ok());
+    Ok(bytes.map(Digest::from_bytes))
 }
 
 /// Whether a name is one that a write uses until it is whole.
@@ -211,7 +237,7 @@ impl Store {
     ///
     /// [`StoreError::Io`].
     pub fn known(&self, identity: &str) -> Result<Option<Digest>, StoreError> {
-        read_json(&self.known_path(identity))
+        read_known(&self.known_path(identity))
     }
 
     /// The digest of a file's bytes, as far as it is known before they are fetched, and whether that is only an
@@ -233,15 +259,25 @@ impl Store {
         Ok(known.or_else(|| claimed(Vouched::ByUploader).map(|digest| (digest, true))))
     }
 
-    /// Remembers that what an origin calls `identity` has this digest.
+    /// Remembers that what an origin calls `identity` has this digest. The caller holds the store's lock.
     ///
     /// # Errors
     ///
     /// [`StoreError::Io`].
-    pub fn remember(&self, identity: &str, digest: Digest) -> Result<(), StoreError> {
-        // Not synced, which would double what a small file costs: one that a power loss takes, or leaves empty,
-        // only means that the bytes are fetched and hashed again.
-        self.write_json(&self.known_path(identity), &digest, Survives::ThisProcess)?;
+    pub(super) fn remember(&self, identity: &str, digest: Digest) -> Result<(), StoreError> {
+        // Not synced, which would double what a small file costs: one that a power loss takes only means that the
+        // bytes are fetched and hashed again.
+        let path = self.known_path(identity);
+        let target = known_target(digest);
+        match symlink_in_folder(&target, &path) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                if read_known(&path)? != Some(digest) {
+                    let replaced = with_temporary(&path, |temporary| symlink(&target, temporary));
+                    replaced.at("write", &path)?;
+                }
+            }
+            written => written.at("write", &path)?,
+        }
         fault::point("known.written");
         Ok(())
     }
@@ -251,7 +287,7 @@ impl Store {
         for folder in entries(&self.root.join("known"))? {
             for entry in entries(&folder.path())? {
                 let path = entry.path();
-                let digest: Option<Digest> = read_json(&path)?;
+                let digest = read_known(&path)?;
                 if digest.is_none_or(|digest| !self.has(digest)) {
                     fs::remove_file(&path).at("remove", &path)?;
                 }

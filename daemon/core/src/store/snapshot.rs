@@ -236,7 +236,7 @@ impl Lease {
         Ok(true)
     }
 
-    pub(super) fn store(&self) -> &Store {
+    pub(crate) fn store(&self) -> &Store {
         &self.store
     }
 

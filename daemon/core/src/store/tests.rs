@@ -55,7 +55,12 @@ fn name(
     file: &RemoteFile,
 ) -> Result<(), StoreError> {
     let file = Arc::new(file.clone());
-    let mut sealed = lease.seal(&[Checked { part, digest, file }]);
+    let bytes = Unsealed::Staged(part);
+    let mut sealed = lease.seal(&[Checked {
+        bytes,
+        digest,
+        file,
+    }]);
     sealed.pop().expect("an outcome for each file")
 }
 
@@ -249,6 +254,39 @@ fn bytes_that_a_power_loss_took_are_fetched_again() {
     assert!(matches!(error, HashError::Torn { bytes: 5 }), "{error}");
     drop(part);
     assert_eq!(mine(&store, &file).missing(), vec![5..10; 1]);
+}
+
+#[test]
+fn an_origins_name_for_some_bytes_is_known_also_as_earlier_versions_wrote_it() {
+    let (_dir, store) = store();
+    let [old, new] = [b"old", b"new"].map(|bytes| Digest::of(bytes));
+    let name = Digest::of(b"s3:x").to_string();
+    let folder = store.root().join("known").join(&name[..2]);
+    assert_eq!(store.known("s3:x").unwrap(), None);
+    fs::create_dir_all(&folder).unwrap();
+    fs::write(folder.join(&name), serde_json::to_vec(&old).unwrap()).unwrap();
+    assert_eq!(store.known("s3:x").unwrap(), Some(old));
+
+    for digest in [new, new, old] {
+        store.remember("s3:x", digest).unwrap();
+        assert_eq!(store.known("s3:x").unwrap(), Some(digest));
+    }
+    assert_eq!(names(&folder), [name.as_str()]);
+
+    // What stands for no digest is as good as nothing.
+    fs::remove_file(folder.join(&name)).unwrap();
+    std::os::unix::fs::symlink("/etc/passwd", folder.join(&name)).unwrap();
+    assert_eq!(store.known("s3:x").unwrap(), None);
+}
+
+#[test]
+fn an_origins_name_for_bytes_that_are_gone_is_forgotten() {
+    let (_dir, store) = store();
+    store.remember("s3:x", Digest::of(b"x")).unwrap();
+
+    store.collect(Partial::Stale).unwrap();
+
+    assert_eq!(store.known("s3:x").unwrap(), None);
 }
 
 #[test]

@@ -78,6 +78,7 @@ fn main() -> ExitCode {
         };
     }
     weightd::process::raise_file_limit();
+    weightd::process::keep_freed_memory();
     #[cfg(feature = "demo")]
     if let args::Command::Demo(demo::DemoArgs {
         inside: Some(tree), ..

@@ -163,7 +163,7 @@ impl Part {
             }
             read => {
                 read.at("read", &self.path)?;
-                Ok(checksum([&*block]) == record.crc)
+                Ok(checksum(block) == record.checksum)
             }
         }
     }

@@ -9,6 +9,8 @@ use std::ops::Range;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use twox_hash::XxHash3_64;
+
 use crate::fault;
 
 /// Bytes of one record: offset, length, checksum of the bytes, checksum of the record; little endian.
@@ -21,8 +23,7 @@ const LONGEST: u64 = 64 << 20;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Record {
     pub(super) range: Range<u64>,
-    /// CRC-64/NVME of the bytes.
-    pub(super) crc: u64,
+    pub(super) checksum: u64,
 }
 
 impl Record {
@@ -30,8 +31,8 @@ impl Record {
         let mut bytes = [0; RECORD];
         bytes[..8].copy_from_slice(&self.range.start.to_le_bytes());
         bytes[8..16].copy_from_slice(&(self.range.end - self.range.start).to_le_bytes());
-        bytes[16..24].copy_from_slice(&self.crc.to_le_bytes());
-        let check = checksum([&bytes[..24]]);
+        bytes[16..24].copy_from_slice(&self.checksum.to_le_bytes());
+        let check = checksum(&bytes[..24]);
         bytes[24..].copy_from_slice(&check.to_le_bytes());
         bytes
     }
@@ -42,20 +43,18 @@ impl Record {
                 .get(at..at + 8)
                 .map(|b| u64::from_le_bytes(b.try_into().expect("8 bytes")))
         };
-        let (start, length, crc, check) = (number(0)?, number(8)?, number(16)?, number(24)?);
+        let (start, length, sum, check) = (number(0)?, number(8)?, number(16)?, number(24)?);
         let end = start.checked_add(length).filter(|_| length <= LONGEST)?;
-        (check == checksum([&bytes[..24]])).then_some(Self {
+        (check == checksum(&bytes[..24])).then_some(Self {
             range: start..end,
-            crc,
+            checksum: sum,
         })
     }
 }
 
-/// CRC-64/NVME of the pieces, one after the other.
-pub(super) fn checksum<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> u64 {
-    let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc64Nvme);
-    pieces.into_iter().for_each(|piece| digest.update(piece));
-    digest.finalize()
+/// XXH3-64 of the bytes: a third of the time that a CRC takes.
+pub(super) fn checksum(bytes: &[u8]) -> u64 {
+    XxHash3_64::oneshot(bytes)
 }
 
 /// The journal beside a `.part`.
@@ -170,7 +169,7 @@ mod tests {
     fn torn_and_impossible_records_are_left_out() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.journal");
-        let record = |range: Range<u64>| Record { range, crc: 7 };
+        let record = |range: Range<u64>| Record { range, checksum: 7 };
         let (mut journal, records) = Journal::open(path.clone(), 100).unwrap();
         assert_eq!(records, []);
         for range in [50..60, 0..10, 5..15, 90..110, 0..LONGEST + 1] {
@@ -194,7 +193,7 @@ mod tests {
     fn a_rewrite_leaves_the_old_journal_whole_until_the_new_one_is() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.journal");
-        let records = [0..10, 10..20, 20..30].map(|range| Record { range, crc: 7 });
+        let records = [0..10, 10..20, 20..30].map(|range| Record { range, checksum: 7 });
         let (mut journal, _) = Journal::open(path.clone(), 100).unwrap();
         journal.append(&records[0]).unwrap();
         journal.append(&records[1]).unwrap();
@@ -224,7 +223,7 @@ mod tests {
     fn a_flipped_bit_voids_a_record() {
         let mut bytes = Record {
             range: 1..9,
-            crc: 3,
+            checksum: 3,
         }
         .encode();
         assert!(Record::decode(&bytes).is_some());

@@ -5,8 +5,8 @@
 //! journal for each, three milliseconds on a virtual disk, thousands of times over.
 
 use std::fs::{self, File};
-use std::io;
-use std::os::unix::fs::PermissionsExt;
+use std::io::{self, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -14,10 +14,11 @@ use nix::libc::{SYNC_FILE_RANGE_WAIT_AFTER, SYNC_FILE_RANGE_WAIT_BEFORE};
 
 use super::super::evict::remove_if_there;
 use super::super::snapshot::Lease;
-use super::super::{At, Store, StoreError, claim, link_in_folder, sync_parent};
-use super::Part;
+use super::super::{At, Store, StoreError, claim, in_folder, link_in_folder, sync_parent};
+use super::{Part, sync_file_range};
 use crate::digest::Digest;
 use crate::fault;
+use crate::model::RelPath;
 use crate::source::RemoteFile;
 
 /// As many files or more are synced together with whatever else the file system has not written yet. It may hold
@@ -28,10 +29,18 @@ const TOGETHER: usize = 8;
 /// Threads that name the files of a batch: what the file system does for one keeps none of the others waiting.
 const THREADS: usize = 4;
 
+/// Bytes that have no name yet.
+pub enum Unsealed {
+    /// On disk, so that another process can go on with them.
+    Staged(Arc<Part>),
+    /// In memory: no more than are soon brought again.
+    InMemory(Vec<u8>),
+}
+
 /// Bytes that were hashed, and are what their source claims.
 pub struct Checked {
     /// The bytes.
-    pub part: Arc<Part>,
+    pub bytes: Unsealed,
     /// What they hash to.
     pub digest: Digest,
     /// What they are of.
@@ -45,35 +54,118 @@ impl Lease {
     ///
     /// [`StoreError::Io`] for each file that could not be sealed.
     pub fn seal(&self, checked: &[Checked]) -> Vec<Result<(), StoreError>> {
+        let written = each(checked, |one| match &one.bytes {
+            Unsealed::Staged(part) => Ok(Written::Staged(part)),
+            Unsealed::InMemory(bytes) => self.create(&one.file.path, bytes),
+        });
         let together = checked.len() >= TOGETHER && self.store().sync_file_system().is_ok();
-        let named = each(checked, |Checked { part, digest, file }| {
-            part.sync(together)?;
-            part.name(self, *digest, file)
+        let written: Vec<_> = checked.iter().zip(written).collect();
+        let named = each(&written, |(one, written)| {
+            let written = written.as_ref().ok()?;
+            Some(self.sync_and_name(written, together, one))
         });
         let kept = together && self.store().sync_file_system().is_ok();
-        let named: Vec<_> = checked.iter().zip(named).collect();
-        let end = |part: &Part, blob: &Path| {
+        let end = |one: &Checked, blob: &Path| {
             if !kept {
                 sync_parent(blob).at("sync the folder of", blob)?;
             }
             fault::point("seal.renamed");
-            part.remove_files()?;
-            fault::point("seal.unjournaled");
+            if let Unsealed::Staged(part) = &one.bytes {
+                part.remove_files()?;
+                fault::point("seal.unjournaled");
+            }
             Ok(())
         };
+        let named: Vec<_> = checked.iter().zip(named).collect();
         let ended = each(&named, |(one, named)| match named {
-            Ok(blob) => end(&one.part, blob),
-            Err(_) => Ok(()),
+            Some(Ok(blob)) => end(one, blob),
+            _ => Ok(()),
         });
-        let outcomes = named.into_iter().zip(ended);
-        outcomes
-            .map(|((_, named), ended)| named.and(ended))
-            .collect()
+        let outcomes = written.into_iter().zip(named).zip(ended);
+        let outcomes = outcomes.map(|(((_, written), (_, named)), ended)| {
+            written?;
+            named.expect("it was written")?;
+            ended
+        });
+        outcomes.collect()
+    }
+
+    /// Writes a file of the snapshot.
+    fn create(&self, path: &RelPath, bytes: &[u8]) -> Result<Written<'static>, StoreError> {
+        let path = self.tree().join(path);
+        let open = || {
+            let mut options = File::options();
+            options.write(true).create_new(true).mode(0o444).open(&path)
+        };
+        let opened = match in_folder(&path, open) {
+            // What an attempt left that failed.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                fs::remove_file(&path).and_then(|()| open())
+            }
+            opened => opened,
+        };
+        let mut file = opened.at("create", &path)?;
+        file.write_all(bytes).at("write", &path)?;
+        fault::point("seal.written");
+        Ok(Written::InTree(file, path))
+    }
+
+    /// Brings bytes to the disk and gives them their name; returns where the blob is.
+    fn sync_and_name(
+        &self,
+        written: &Written<'_>,
+        together: bool,
+        one: &Checked,
+    ) -> Result<PathBuf, StoreError> {
+        let size = one.file.size;
+        match written {
+            Written::Staged(part) => part.sync(together)?,
+            Written::InTree(file, path) => sync(file, size, together).at("sync", path)?,
+        }
+        fault::point("seal.synced");
+        let store = self.store();
+        store.set_aside_other_length(one.digest, size)?;
+        let _shared = store.lock_shared()?;
+        let linked = match written {
+            Written::Staged(part) => part.link_into(self, &one.file.path)?,
+            Written::InTree(_, path) => path.clone(),
+        };
+        fault::point("seal.linked");
+        // Before the name: with it others may take the blob, and must find all of it.
+        if let Some(identity) = &one.file.identity {
+            store.remember(identity, one.digest)?;
+        }
+        let blob = store.blob_path(one.digest);
+        match link_in_folder(&linked, &blob) {
+            // Somebody had the same bytes under another key.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                self.link(&blob, &one.file.path)?;
+            }
+            named => named.at("link", &blob)?,
+        }
+        Ok(blob)
+    }
+}
+
+/// Where bytes are that a sync brings to the disk.
+enum Written<'a> {
+    Staged(&'a Part),
+    /// In the tree of the snapshot, where nobody else finds them.
+    InTree(File, PathBuf),
+}
+
+/// Brings the bytes of `file` to the disk. With `together`, a sync of the whole file system has done so, and is asked whether
+/// that went well for these.
+fn sync(file: &File, size: u64, together: bool) -> io::Result<()> {
+    let waited = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WAIT_AFTER;
+    match together {
+        true => sync_file_range(file, 0..size, waited),
+        false => file.sync_data(),
     }
 }
 
 /// Does `work` for each of `all`, in their order, on a few threads if there are many.
-fn each<T: Sync, R: Send>(all: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
+fn each<'a, T: Sync, R: Send>(all: &'a [T], work: impl Fn(&'a T) -> R + Sync) -> Vec<R> {
     if all.len() < TOGETHER {
         return all.iter().map(work).collect();
     }
@@ -93,57 +185,28 @@ fn each<T: Sync, R: Send>(all: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
 }
 
 impl Part {
-    /// Brings the bytes to the disk. With `written`, a sync of the whole file system has done so, and is asked
-    /// whether that went well for these.
-    fn sync(&self, written: bool) -> Result<(), StoreError> {
-        let waited = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WAIT_AFTER;
-        let synced = match written {
-            true => self.sync_file_range(0..self.size, waited),
-            false => self.file.sync_data(),
-        };
-        if let Err(error) = synced {
+    /// Brings the bytes to the disk, and keeps anybody from changing them.
+    fn sync(&self, together: bool) -> Result<(), StoreError> {
+        if let Err(error) = sync(&self.file, self.size, together) {
             // What the disk lost the page cache still shows: whoever goes on would believe it.
             let _ = self.discard();
             return Err(error).at("sync", &self.path);
         }
-        Ok(())
-    }
-
-    /// Gives the bytes, which are on disk, their name, and links them into `lease`; returns where the blob is.
-    fn name(
-        &self,
-        lease: &Lease,
-        digest: Digest,
-        file: &RemoteFile,
-    ) -> Result<PathBuf, StoreError> {
-        let store = lease.store();
         self.file
             .set_permissions(fs::Permissions::from_mode(0o444))
-            .at("protect", &self.path)?;
-        fault::point("seal.synced");
-        let blob = store.blob_path(digest);
-        store.set_aside_other_length(digest, self.size)?;
-        let _shared = store.lock_shared()?;
-        let linked = lease.link(&self.path, &file.path)?;
+            .at("protect", &self.path)
+    }
+
+    /// Links the bytes into `lease` at `path`; returns where that is.
+    fn link_into(&self, lease: &Lease, path: &RelPath) -> Result<PathBuf, StoreError> {
+        let linked = lease.link(&self.path, path)?;
         // Only what was hashed may get the name, whatever lies at the part's path by now.
         if !claim::still_at(&self.file, &linked).at("look at", &linked)? {
             remove_if_there(&linked)?;
             let replaced = io::Error::other("another file took its place");
             return Err(replaced).at("seal", &self.path);
         }
-        fault::point("seal.linked");
-        // Before the name: with it others may take the blob, and must find all of it.
-        if let Some(identity) = &file.identity {
-            store.remember(identity, digest)?;
-        }
-        match link_in_folder(&linked, &blob) {
-            // Somebody had the same bytes under another key.
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                lease.link(&blob, &file.path)?;
-            }
-            named => named.at("link", &blob)?,
-        }
-        Ok(blob)
+        Ok(linked)
     }
 }
 

@@ -81,7 +81,12 @@ fn files_that_are_sealed_together_get_their_names_each_for_itself() {
             let file = named(&format!("d/{number}"), &format!("s3:{number}"), &bytes);
             let (part, digest) = hashed(&store, &file, &bytes);
             let file = Arc::new(file);
-            Checked { part, digest, file }
+            let bytes = Unsealed::Staged(part);
+            Checked {
+                bytes,
+                digest,
+                file,
+            }
         });
         let checked: Vec<_> = checked.collect();
         fs::remove_file(part_path(&store, &checked[1].file)).unwrap();
@@ -103,6 +108,81 @@ fn files_that_are_sealed_together_get_their_names_each_for_itself() {
         let left = names(&store.staging());
         assert!(!left.iter().any(|name| name.ends_with(".part")), "{left:?}");
     }
+}
+
+/// Bytes in memory, hashed.
+fn in_memory(file: &RemoteFile, bytes: &[u8]) -> Checked {
+    Checked {
+        bytes: Unsealed::InMemory(bytes.to_vec()),
+        digest: Digest::of(bytes),
+        file: Arc::new(file.clone()),
+    }
+}
+
+#[test]
+fn bytes_in_memory_get_their_names_as_those_on_disk_do() {
+    for count in [1, 100] {
+        let (_dir, store) = store();
+        let lease = store.lease().unwrap();
+        let files = (0..count).map(|number| {
+            let text = format!("text {number}");
+            let path = format!("d/{number}");
+            (named(&path, &format!("s3:{number}"), text.as_bytes()), text)
+        });
+        let files: Vec<_> = files.collect();
+        let checked: Vec<_> = files
+            .iter()
+            .map(|(file, text)| in_memory(file, text.as_bytes()))
+            .collect();
+
+        let sealed = lease.seal(&checked);
+
+        assert!(sealed.iter().all(Result::is_ok), "{sealed:?}");
+        for (file, text) in &files {
+            let digest = Digest::of(text.as_bytes());
+            let path = lease.tree().join(&file.path);
+            assert_eq!(&fs::read_to_string(&path).unwrap(), text);
+            let blob = store.blob_path(digest);
+            assert_eq!(inode(&path), inode(&blob));
+            assert_eq!(fs::metadata(&blob).unwrap().mode() & 0o777, 0o444);
+            let identity = file.identity.as_deref().unwrap();
+            assert_eq!(store.known(identity).unwrap(), Some(digest));
+        }
+    }
+}
+
+#[test]
+fn bytes_in_memory_that_are_here_already_become_the_same_inode() {
+    let (_dir, store) = store();
+    let (one, two) = (named("a", "s3:one", b"same"), named("b", "s3:two", b"same"));
+    let (part, digest) = hashed(&store, &one, b"same");
+    let lease = store.lease().unwrap();
+    name(&lease, part, digest, &one).unwrap();
+    // What an attempt left that failed.
+    fs::write(lease.tree().join("b"), "half").unwrap();
+
+    let sealed = lease.seal(&[in_memory(&two, b"same")]);
+
+    assert!(sealed[0].is_ok(), "{sealed:?}");
+    let blob = inode(&store.blob_path(digest));
+    assert_eq!(inode(&lease.tree().join("a")), blob);
+    assert_eq!(inode(&lease.tree().join("b")), blob);
+}
+
+#[test]
+fn a_damaged_blob_of_another_length_does_not_stay_for_bytes_in_memory() {
+    let (_dir, store) = store();
+    let file = named("a", "s3:x", b"bytes");
+    let lease = store.lease().unwrap();
+    let checked = [in_memory(&file, b"bytes")];
+    let blob = store.blob_path(checked[0].digest);
+    fs::create_dir_all(blob.parent().unwrap()).unwrap();
+    fs::write(&blob, "byt").unwrap();
+
+    let sealed = lease.seal(&checked);
+
+    assert!(sealed[0].is_ok(), "{sealed:?}");
+    assert_eq!(fs::read(&blob).unwrap(), b"bytes");
 }
 
 #[test]
