@@ -32,12 +32,14 @@
 //!
 //! - A lease is a directory of hard links, locked by its maker, not a count in memory. It holds against
 //!   the collector of *another* process too, and a blob is linked there before it gets its name.
-//! - Blocks are written by the connection that received them, not sent to one writer for each file; the
-//!   hasher reads them back from the page cache moments later. So memory is `connections × block`
-//!   whatever the order of arrival, and no channel needs a bound.
+//! - Blocks are written by the connection that received them, not sent to one writer for each file, and past the page
+//!   cache: they stay in memory until the hasher has them. What finds no room there is read back from the page cache.
+//!   So memory has a bound whatever the order of arrival, and no channel needs one.
 //! - Small files are sealed together, after one sync of the whole file system: a sync of each took three milliseconds
 //!   on a virtual disk, thousands of times over. It also waits for what others have written there; a file that comes
-//!   in one range can afford that, larger ones are synced by themselves.
+//!   in one range can afford that, larger ones are synced by themselves. More than 128 little files of one fetch are
+//!   claimed by nobody and held in memory until they are sealed: a claim cost more than their bytes, which two
+//!   processes may now both bring.
 //! - A journal record carries the checksum of its block. After a power loss the journal may be ahead of
 //!   the bytes, and not every origin names a digest that would find that out.
 //! - Room for a fetch is a preallocated file that shrinks as files are staged: the kernel keeps the

@@ -31,7 +31,8 @@
 //!    nobody went on with it for long, or under pressure. A snapshot that is pinned or leased is never
 //!    evicted.
 //! 4. Several processes may use one store. Work on a blob is claimed by locking its `.part`; the lock
-//!    dies with its process, and the next one goes on from the journal.
+//!    dies with its process, and the next one goes on from the journal. Bytes that are sealed from memory
+//!    are claimed by nobody: whoever comes second finds the name taken, and takes that blob.
 //! 5. Volumes mount from the local tier only.
 //! 6. A damaged blob is set aside, and the snapshots that hold it are withdrawn until it is fetched
 //!    again: their directories stay where they are, for they may be mounted.

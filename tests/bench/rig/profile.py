@@ -11,7 +11,7 @@ from . import measure
 KINDS = [
     ("sockets: receive", r"tcp_recvmsg"),
     ("sockets: send, connect", r"tcp_sendmsg|tcp_v4_connect|inet_stream_connect|tcp_close|__sock_release"),
-    ("write to the page cache", r"generic_perform_write|iomap_file_buffered_write|vfs_writev?|do_pwritev|ksys_pwrite64"),
+    ("write: disk, page cache", r"generic_perform_write|iomap_file_buffered_write|vfs_writev?|do_pwritev|ksys_pwrite64"),
     ("read back for the hash", r"filemap_read|vfs_read|ksys_pread64"),
     ("write-back and sync", r"sync_file_range|do_fsync|ext4_sync_file|writeback|jbd2"),
     ("files: open, link, rename, delete", r"do_filp_open|vfs_link|vfs_rename|vfs_unlink|do_linkat|do_renameat|do_mkdir|fallocate|newfstatat|statx|chmod"),
@@ -19,7 +19,7 @@ KINDS = [
     ("wait: futex, epoll, scheduler", r"futex|epoll|schedule|eventfd|timerfd|clock_nanosleep"),
     ("start and end of the process", r"execve|do_exit|load_elf_binary|clone|_dl_|dl_main"),
     ("SHA-256", r"sha256|sha2::"),
-    ("CRC of the journal and of claims", r"crc_fast|crc32|crc64"),
+    ("checksums of the journal and of claims", r"crc_fast|crc32|crc64|twox_hash"),
     ("allocation", r"malloc|_int_free|\bfree$|realloc|calloc|cfree|unlink_chunk"),
     ("copies in the program", r"__mem(cpy|move|set)|memcpy|memmove"),
     ("TLS", r"rustls|aws_lc|webpki"),
