@@ -269,6 +269,10 @@ impl OneFile<'_> {
     }
 
     /// What to do about bytes that did not come.
+    #[allow(
+        clippy::result_large_err,
+        reason = "as all futures of a fetch return it"
+    )]
     fn failed(&self, error: PartsError) -> Result<Tried, FetchError> {
         let error = match error {
             PartsError::Hash(error) => error,

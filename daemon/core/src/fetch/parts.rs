@@ -417,15 +417,9 @@ impl Ranged {
         let mut skip = self.at - start;
         let meter = Arc::clone(&self.origin.meter);
         let _reading = meter.waits().reading();
-        let mut stream = match self
-            .origin
-            .source
-            .read(&self.file, start..self.range.end)
-            .await
-        {
-            Ok(stream) => stream,
-            Err(error) => return Err(Ended::Source(error)),
-        };
+        let source = &self.origin.source;
+        let opened = source.read(&self.file, start..self.range.end).await;
+        let mut stream = opened.map_err(Ended::Source)?;
         let mut runner = self.origin.pace.runner();
         let mut block = None;
         let ended = loop {
