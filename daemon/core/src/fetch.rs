@@ -33,6 +33,7 @@ mod parts;
 mod patience;
 mod plan;
 mod progress;
+mod range;
 mod room;
 mod seal;
 mod share;

@@ -13,7 +13,8 @@ use self::copy::{Copied, CopyError};
 use self::pieces::{Piece, cut};
 use self::questions::{Answer, Looked, Questions, set_aside};
 use self::upload::Upload;
-use super::parts::{Connection, Origin, PartsError, Ranged};
+use super::parts::{Origin, PartsError};
+use super::range::{Connection, Ranged};
 use crate::errors::Chain;
 use crate::shared::choice::{
     FAILURES, LATEST_LOOK, LISTENS, LOOK, Move, Place, Reach, SILENT, Segment, Situation,
