@@ -258,13 +258,11 @@ impl Part {
             drop(writing);
             return self.write(offset, &block);
         }
-        let direct = self.direct.as_ref();
-        let written = direct.map(|direct| direct.write(&self.file, &block, offset));
-        if !written
-            .transpose()
-            .at("write", &self.path)?
-            .unwrap_or(false)
-        {
+        let past_the_cache = match &self.direct {
+            Some(direct) => direct.write(&self.file, &block, offset),
+            None => Ok(false),
+        };
+        if !past_the_cache.at("write", &self.path)? {
             self.write_cached(&block, offset)?;
         }
         let checksum = self.checksum_of(&range, &block);

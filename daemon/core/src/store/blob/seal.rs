@@ -106,6 +106,9 @@ impl Lease {
         };
         let mut file = opened.at("create", &path)?;
         file.write_all(bytes).at("write", &path)?;
+        // Whatever this process's umask takes away: pods read it as other users.
+        file.set_permissions(fs::Permissions::from_mode(0o444))
+            .at("protect", &path)?;
         fault::point("seal.written");
         Ok(Written::InTree(file, path))
     }
