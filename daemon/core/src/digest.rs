@@ -2,9 +2,17 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use sha2::Digest as _;
+use weightd_sha256::Sha256;
+
+use self::side_by_side::Seat;
+pub(crate) use self::side_by_side::SideBySide;
+use crate::buffers::Buffer;
+
+mod side_by_side;
 
 /// SHA-256 of a file's bytes: its name in the store. Written as 64 lower-case hex digits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -141,7 +149,8 @@ pub struct ClaimMismatch {
 /// Hashes a file front to back, for its name and for each claim made about it.
 pub struct Verifier {
     claims: Claims,
-    sha256: sha2::Sha256,
+    sha256: Sha256,
+    seat: Option<Seat>,
     git: Option<sha1_checked::Sha1>,
     crc64nvme: Option<crc_fast::Digest>,
     crc32c: Option<crc_fast::Digest>,
@@ -154,7 +163,8 @@ impl Verifier {
         let crc = crc_fast::Digest::new;
         Self {
             claims,
-            sha256: sha2::Sha256::new(),
+            sha256: Sha256::default(),
+            seat: None,
             git: claims.git_oid.map(|_| git_hasher(size)),
             crc64nvme: claims
                 .crc64nvme
@@ -165,9 +175,32 @@ impl Verifier {
         }
     }
 
+    /// Hashes blocks together with those of other files.
+    #[must_use]
+    pub(crate) fn beside(self, others: &Arc<SideBySide>) -> Self {
+        let seat = Some(Seat::new(others));
+        Self { seat, ..self }
+    }
+
     /// Takes the next bytes of the file.
     pub fn update(&mut self, bytes: &[u8]) {
         self.sha256.update(bytes);
+        self.check_also(bytes);
+    }
+
+    /// Takes the next bytes of the file, which need not stay in memory.
+    pub(crate) fn update_block(&mut self, block: Buffer) {
+        if self.seat.is_none() {
+            return self.update(&block);
+        }
+        self.check_also(&block);
+        if let Some(seat) = &self.seat {
+            self.sha256 = seat.update(std::mem::take(&mut self.sha256), block);
+        }
+    }
+
+    /// Takes the next bytes into what is computed besides SHA-256.
+    fn check_also(&mut self, bytes: &[u8]) {
         if let Some(git) = &mut self.git {
             sha1_checked::Digest::update(git, bytes);
         }
@@ -185,7 +218,8 @@ impl Verifier {
     ///
     /// [`ClaimMismatch`] for the first claim that does not hold. Then the bytes must be dropped.
     pub fn finish(self) -> Result<Digest, ClaimMismatch> {
-        let digest = Digest(self.sha256.finalize().into());
+        let digest = Digest(self.sha256.finish());
+
         check("sha256", self.claims.sha256, || digest)?;
         if let Some(git) = self.git {
             let result = git.try_finalize();

@@ -18,6 +18,7 @@ use tokio_util::task::TaskTracker;
 use crate::blocking;
 use crate::buffers::Buffers;
 use crate::digest::ClaimMismatch;
+use crate::digest::SideBySide;
 use crate::errors::Chain;
 use crate::metrics::Metrics;
 use crate::model::{ModelRef, RelPath};
@@ -259,6 +260,8 @@ struct Shared {
     width: Arc<Width>,
     /// Bytes that arrived and are not written yet.
     buffers: Arc<Buffers>,
+    /// Where the hashers of large files meet.
+    hashing: Arc<SideBySide>,
     turns: FileTurns,
     tier: Option<Arc<SharedTier>>,
 }
@@ -415,6 +418,7 @@ impl Fetcher {
                 metrics,
                 width: Width::new(limits.connections),
                 buffers: limits.buffers(),
+                hashing: Arc::default(),
                 tier,
             }),
             active: Mutex::default(),

@@ -40,6 +40,8 @@
 //!   in one range can afford that, larger ones are synced by themselves. More than 128 little files of one fetch are
 //!   claimed by nobody and held in memory until they are sealed: a claim cost more than their bytes, which two
 //!   processes may now both bring.
+//! - The blocks of two large files that arrive at the same time are hashed side by side. No library does that for files that
+//!   come in pieces, so the innermost loop is our own, in a crate without any other code, `daemon/sha256`.
 //! - A journal record carries the checksum of its block. After a power loss the journal may be ahead of
 //!   the bytes, and not every origin names a digest that would find that out.
 //! - Room for a fetch is a preallocated file that shrinks as files are staged: the kernel keeps the

@@ -78,8 +78,8 @@ pub(super) async fn download(
     meter: &FileMeter<'_>,
     share: Option<&Share>,
 ) -> Result<Digest, PartsError> {
-    let hash = |claims| {
-        let (part, verifier) = (Arc::clone(part), Verifier::new(file.size, claims));
+    let hash = |verifier| {
+        let part = Arc::clone(part);
         move || part.hash(verifier)
     };
     let _close = CloseOnDrop(part);
@@ -116,10 +116,11 @@ pub(super) async fn download(
         }
         meter.set(part.present());
         let claims = file.all_claims().ok_or_else(|| untold(file))?;
-        let hashed = blocking::run(hash(claims)).await;
+        let hashed = blocking::run(hash(Verifier::new(file.size, claims))).await;
         return hashed.map_err(PartsError::Hash);
     }
-    let mut hashing = tokio::spawn(blocking::run(hash(file.claims)));
+    let verifier = Verifier::new(file.size, file.claims).beside(&origin.shared.hashing);
+    let mut hashing = tokio::spawn(blocking::run(hash(verifier)));
     // The hasher may fail long before the last byte is here: what follows would be fetched in vain.
     let digest = tokio::select! {
         digest = &mut hashing => digest,

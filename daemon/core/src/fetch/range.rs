@@ -412,6 +412,7 @@ mod tests {
             metrics: Arc::default(),
             width: super::super::Width::new(limits.connections),
             buffers: limits.buffers(),
+            hashing: Arc::default(),
             tier: None,
         });
         let model: ModelRef = "hf://org/model".parse().unwrap();

@@ -58,8 +58,8 @@ impl Part {
         while at < self.size {
             let end = match self.next(at)? {
                 Next::Held(block) => {
-                    verifier.update(&block);
                     at += block.len() as u64;
+                    verifier.update_block(block);
                     continue;
                 }
                 Next::OnDisk(end) => end,
