@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use futures::StreamExt;
-use futures::stream::FuturesUnordered;
+use futures::stream::{self, FuturesUnordered};
 
 use super::file::{MANY, OneFile, is_little, link_if_here};
 use super::parts::Origin;
@@ -21,6 +21,10 @@ use crate::model::{Patterns, RelPath, Revision, SnapshotId};
 use crate::shared::{KeptLease, SharedSnapshot, is_shareable};
 use crate::source::{LeftOut, Listing, RemoteFile, Source, SourceError};
 use crate::store::{FetchRecord, Lease, Snapshot, SnapshotLease, StageKey, Store, StoreError};
+
+/// Small files that are begun at once, of one fetch: more than have a turn or wait to be sealed. Each takes memory from then
+/// on, and there may be many thousands of them.
+const BEGUN: usize = 1024;
 
 impl Fetcher {
     /// Brings the snapshot that `job` asks for.
@@ -305,22 +309,27 @@ impl Fetcher {
         let own = FileTurns::of_one(&self.shared.limits);
         let sealer = Sealer::new(lease, room);
         let many = missing.iter().filter(|file| is_little(file)).count() > MANY;
-        let mut fetches: FuturesUnordered<_> = missing
+        let fetch = |file| {
+            let one = OneFile {
+                job,
+                origin: &origin,
+                file,
+                lease,
+                room,
+                sealer: &sealer,
+                own: &own,
+                many,
+            };
+            one.fetch()
+        };
+        let limits = &self.shared.limits;
+        let (small, large): (Vec<_>, Vec<_>) = missing
             .into_iter()
-            .map(|file| {
-                let one = OneFile {
-                    job,
-                    origin: &origin,
-                    file,
-                    lease,
-                    room,
-                    sealer: &sealer,
-                    own: &own,
-                    many,
-                };
-                one.fetch()
-            })
-            .collect();
+            .partition(|file| limits.is_small(file.size));
+        // Each kind for itself, so that neither waits for the other.
+        let small = stream::iter(small).map(fetch).buffer_unordered(BEGUN);
+        let large: FuturesUnordered<_> = large.into_iter().map(fetch).collect();
+        let mut fetches = std::pin::pin!(stream::select(small, large));
         let mut entries = Vec::new();
         while let Some(entry) = fetches.next().await {
             entries.push(entry?);

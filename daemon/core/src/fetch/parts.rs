@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::JoinSet;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::pace::Pace;
 use super::progress::FileMeter;
@@ -136,29 +137,46 @@ pub(super) async fn download(
 }
 
 /// Brings a file that fits in memory, and its digest.
+///
+/// In a task of its own: all files of a fetch are followed by one, which would do all of this on one core.
 pub(super) async fn gather(
     origin: &Origin,
     file: &Arc<RemoteFile>,
 ) -> Result<(Vec<u8>, Digest), PartsError> {
     let bytes = usize::try_from(file.size).expect("it fits in memory");
     let sink = Sink::Memory(Vec::with_capacity(bytes));
-    let mut range = Ranged::of(origin, file, sink, 0..file.size);
+    let range = Ranged::of(origin, file, sink, 0..file.size);
     let connection = Connection::new(&origin.shared).await;
+    let (shared, file) = (Arc::clone(&origin.shared), Arc::clone(file));
+    let gathered = AbortOnDropHandle::new(tokio::spawn(async move {
+        let bytes = read_whole(range, connection, &shared).await?;
+        let claims = file.all_claims().ok_or_else(|| untold(&file))?;
+        let mut verifier = Verifier::new(file.size, claims);
+        verifier.update(&bytes);
+        let digest = verifier.finish().map_err(HashError::Mismatch);
+        Ok((bytes, digest.map_err(PartsError::Hash)?))
+    }));
+    let gathered = gathered.await;
+    gathered.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
+}
+
+/// Reads a file into memory, if need be from its first byte on.
+async fn read_whole(
+    mut range: Ranged,
+    connection: Connection,
+    shared: &Shared,
+) -> Result<Vec<u8>, PartsError> {
     match range.bring(connection).await {
         Err(PartsError::Source(SourceError::NoRanges { .. })) => {
             range.from_start = true;
-            range.bring(Connection::new(&origin.shared).await).await?;
+            range.bring(Connection::new(shared).await).await?;
         }
         brought => brought?,
     }
-    let Sink::Memory(bytes) = range.sink else {
-        unreachable!("it was made above");
-    };
-    let claims = file.all_claims().ok_or_else(|| untold(file))?;
-    let mut verifier = Verifier::new(file.size, claims);
-    verifier.update(&bytes);
-    let digest = verifier.finish().map_err(HashError::Mismatch);
-    Ok((bytes, digest.map_err(PartsError::Hash)?))
+    match range.sink {
+        Sink::Memory(bytes) => Ok(bytes),
+        Sink::Part(_) => unreachable!("it is read into memory"),
+    }
 }
 
 /// A source that did not keep its word.
