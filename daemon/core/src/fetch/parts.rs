@@ -283,10 +283,10 @@ impl FetchLimits {
     }
 
     /// Bytes of one read of a file while there are so many at once. What all of them bring must have room in memory: before
-    /// the last byte of the first one has come, the others are nearly done, and all wait to be hashed. A quarter is for what
-    /// is gathered and written.
+    /// the last byte of the first one has come, the others are nearly done, and all wait to be hashed. They get half of it:
+    /// in a quarter is what is gathered and written, in another what the next reads bring while those still wait.
     fn range_bytes(&self, reads: usize) -> u64 {
-        let memory = self.memory_bytes - self.memory_bytes / 4;
+        let memory = self.memory_bytes / 2;
         let bytes = (memory / reads as u64).max(LEAST_RANGE);
         let bytes = bytes.min(self.part_bytes);
         bytes - bytes % self.block_bytes(reads).min(bytes)
@@ -320,7 +320,7 @@ mod tests {
     #[test]
     fn the_ranges_of_all_reads_fit_in_memory() {
         let limits = FetchLimits::default();
-        for (reads, bytes) in [(1, 8 << 20), (4, 8 << 20), (8, 9 << 19), (16, 9 << 18)] {
+        for (reads, bytes) in [(1, 8 << 20), (4, 6 << 20), (8, 3 << 20), (16, 2 << 20)] {
             let block = limits.block_bytes(reads);
             let range = limits.range_bytes(reads);
             assert!(range <= bytes && range > bytes - block, "{reads}: {range}");
