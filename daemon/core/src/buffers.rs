@@ -105,6 +105,11 @@ impl Buffers {
         buffer
     }
 
+    /// Whether what is begun now may soon find no memory: three quarters are in use.
+    pub(crate) fn is_short(&self) -> bool {
+        self.blocks().in_use_bytes > self.most_bytes / 4 * 3
+    }
+
     fn blocks(&self) -> MutexGuard<'_, Blocks> {
         self.blocks.lock().unwrap_or_else(PoisonError::into_inner)
     }

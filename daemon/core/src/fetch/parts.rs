@@ -212,6 +212,9 @@ async fn fetch_ranges(
         // The hasher of a small file begins when all of it is here.
         if !limits.is_small(file.size) {
             part.caught_up().await;
+            let shared = &origin.shared;
+            part.has_room(|| shared.width.is_short() && shared.buffers.is_short())
+                .await;
         }
         Connection::new(&origin.shared).await
     };

@@ -54,6 +54,8 @@ struct State {
     window: Instant,
     /// Processor time when it began.
     spent: Duration,
+    /// Little of it was left in the last window.
+    is_short: bool,
     trial: Trial,
     deaf_until: Instant,
 }
@@ -117,6 +119,7 @@ impl Width {
                 surplus: 0,
                 window: Instant::now(),
                 spent,
+                is_short: false,
                 trial: Trial::Starting {
                     before: 0.0,
                     from: now,
@@ -138,6 +141,11 @@ impl Width {
     /// How many reads may go at once now.
     pub(super) fn now(&self) -> usize {
         self.state().now
+    }
+
+    /// Whether processor time is short: then what costs more of it is to be avoided, also if it takes waiting.
+    pub(super) fn is_short(&self) -> bool {
+        self.state().is_short
     }
 
     /// Counts bytes that arrived.
@@ -173,6 +181,7 @@ impl Width {
         let spent = (self.processor.spent)();
         let busy = spent.saturating_sub(std::mem::replace(&mut state.spent, spent));
         let share = busy.as_secs_f64() / elapsed.as_secs_f64() / self.processor.cores as f64;
+        state.is_short = share > AMPLE;
         if elapsed > 10 * WINDOW {
             // Nothing was to be read meanwhile.
             return;

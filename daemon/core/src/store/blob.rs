@@ -44,6 +44,9 @@ const WRITE_BYTES: usize = 32 << 10;
 /// which are still in the processor's cache then.
 const BACKLOG_BYTES: u64 = 2 << 20;
 
+/// How often to look whether others have given memory back.
+const LOOK: Duration = Duration::from_millis(20);
+
 /// The bytes of one blob in flight, claimed for this process until it is dropped.
 #[derive(Debug)]
 pub struct Part {
@@ -170,6 +173,21 @@ impl Part {
                 return;
             }
             got_on.await;
+        }
+    }
+
+    /// Waits while memory is short of which blocks of this file hold some: what comes next would have to go through the page
+    /// cache.
+    pub(crate) async fn has_room(&self, is_short: impl Fn() -> bool) {
+        loop {
+            let mut got_on = std::pin::pin!(self.got_on.notified());
+            got_on.as_mut().enable();
+            let none = self.state().held.is_empty();
+            if none || !is_short() {
+                return;
+            }
+            // Others give memory back, too, and say nothing of it.
+            let _ = tokio::time::timeout(LOOK, got_on).await;
         }
     }
 
@@ -442,6 +460,25 @@ mod tests {
         let name = "0".repeat(64);
         let file = File::open("/proc/self/mem").unwrap();
         part(dir.join(format!("{name}.part")), file, 10, resumed)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_finds_memory_short_waits_for_the_hasher_but_not_without_any_block_held() {
+        let dir = tempfile::tempdir().unwrap();
+        let name = "0".repeat(64);
+        let file = tempfile::tempfile().unwrap();
+        let part = part(dir.path().join(format!("{name}.part")), file, 10, vec![]);
+        part.has_room(|| true).await;
+
+        let block = crate::buffers::Buffers::new(4, 1).take(4);
+        part.state().held.insert(0, block);
+        part.has_room(|| false).await;
+        let waiting = part.has_room(|| true);
+        let waited = tokio::time::timeout(Duration::from_secs(10), waiting).await;
+        assert!(waited.is_err(), "it went on");
+
+        let hash = async { drop(part.next(0).unwrap()) };
+        tokio::join!(part.has_room(|| true), hash);
     }
 
     #[test]
