@@ -30,7 +30,7 @@ settings! {
     "fetch.connections" = "64": "Most ranged reads at once, of all fetches together; fewer go while more bring no more, or the origin pushes back";
     "fetch.memory" = "\"48MiB\"": "Bytes that may have arrived and wait to be written or hashed, of all fetches together";
     "fetch.part" = "\"8MiB\"": "Bytes of one ranged read, at most: where a file has many at once they are shorter, so that what they bring has room in memory";
-    "fetch.files_in_flight" = "8": "Large files worked on at once, of one fetch, and four times as many of all together; each is hashed by one core";
+    "fetch.files_in_flight" = "8": "Large files worked on at once, of one fetch, and four times as many of all together; each is hashed by one core at most, and two side by side in little more time than one";
     "fetch.attempts" = "6": "Tries of one read or question that bring nothing";
     "fetch.stall_timeout" = "\"15s\"": "Replace a connection over which nothing arrives for so long";
     "warm.bytes_per_second" = "\"1GiB\"": "How fast models that are to be warm are read from the disk, at least 1 MiB";

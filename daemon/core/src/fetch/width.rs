@@ -388,8 +388,10 @@ mod tests {
 
         let busy = windows(3, 20).await;
         assert_eq!(busy, [FIRST; 20]);
+        assert!(width.is_short());
         let idle = windows(1, 40).await;
         assert_eq!(idle.last(), Some(&64), "{idle:?}");
+        assert!(!width.is_short());
         let busy = windows(4, 10).await;
         assert_eq!(busy.last(), Some(&FIRST), "{busy:?}");
     }
